@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both first see to the virtual environment in .venv.
+# Another interpreter: make demo PYTHON=/path/to/python3.12
+
+VENV_PYTHON := .venv/bin/python
+export PYTHON
+# Single-threaded ranks by default: the tests and the demo bring their own processes.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-fast lint docs doctor clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo       train a small model by SRFT on 2 processes (CPU or GPUs), write report and checkpoint"
+	@echo "make test       linter and all tests"
+	@echo "make test-fast  the tests that are not marked slow"
+	@echo "make lint       ruff check and format check"
+	@echo "make docs       write docs/configuration.md anew from the docstrings in config.py"
+	@echo "make doctor     what is installed, and what works on this machine"
+	@echo "make clean      remove .venv, build products and caches; runs/ stays"
+
+# Any Python 3 may run the script; it picks the supported interpreter and says so when there is none.
+setup:
+	@for candidate in $(PYTHON) python3.11 python3.12 python3; do \
+	    if $$candidate -c '' 2>/dev/null; then exec $$candidate tools/bootstrap.py; fi; \
+	done; \
+	echo "setup: no Python 3 found; install CPython 3.11 or 3.12, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+demo: setup
+	@$(VENV_PYTHON) tools/demo.py
+
+test: lint
+	@echo "running the tests ..."
+	@$(VENV_PYTHON) -m pytest
+
+test-fast: setup
+	@echo "running the tests that are not marked slow ..."
+	@$(VENV_PYTHON) -m pytest -m "not slow"
+
+lint: setup
+	@echo "linting ..."
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+
+docs: setup
+	@$(VENV_PYTHON) tools/config_docs.py
+
+doctor: setup
+	@$(VENV_PYTHON) -m megatron_srft.cli doctor
+
+clean:
+	rm -rf .venv .venv.lock build dist *.egg-info .pytest_cache .ruff_cache
+	find megatron_srft tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
