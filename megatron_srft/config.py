@@ -475,9 +475,7 @@ class SrftConfig:
     """Tokens per sequence for the constant denominator. null: rollout.max_response_tokens."""
 
 
-ObjectiveConfig = Annotated[
-    Union[SftConfig, GrpoConfig, LuffyConfig, SrftConfig], pydantic.Field(discriminator="kind")
-]
+ObjectiveConfig = Annotated[Union[SftConfig, GrpoConfig, LuffyConfig, SrftConfig], pydantic.Field(discriminator="kind")]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(clip_low=0.2, clip_high=0.2, denominator="sequence_mean"),

@@ -39,7 +39,9 @@ def rank(group: Group) -> int:
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Tensor:
     """Reduce in place over the group (op: sum, max, min) and return the tensor."""
     if size(group) > 1:
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group)
+        dist.all_reduce(
+            tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op], group
+        )
     return tensor
 
 

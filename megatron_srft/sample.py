@@ -13,7 +13,7 @@ Legend for shapes: `tokens` packed tokens of a micro-batch, `rows` its response 
 tensors of a micro-batch are torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -181,6 +181,9 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     """[sequences + 1] int32; boundaries, the padding's included."""
 
+    longest: int
+    """Tokens of the longest sequence, padding included; a Python number, so that attention needs no device read."""
+
     rows: torch.Tensor
     """[rows] int64; positions whose next token is a response token."""
 
@@ -213,6 +216,12 @@ class PackedBatch:
 
     sequence_ids: tuple[int, ...]
     """For each sequence (without the padding), its index in the step's list of TrainingSequence."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same micro-batch with its tensors on `device`."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        tensors = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,173 @@
+"""The policy being trained: Megatron model, optimizer, and the few things the loop asks of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_srft.config import RunConfig
+from megatron_srft.data.packing import pack, padded_length, plan_microbatches
+from megatron_srft.distributed import ProcessGroups, barrier, rank, size
+from megatron_srft.sample import PackedBatch, TrainingSequence, count
+from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
+from megatron_srft.trainer.model import build_model
+from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
+from megatron_srft.trainer.parallel import device, seed_step
+from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass, train_pass
+from megatron_srft.weights.folder import HfFolder, write_hf_folder
+
+
+class Trainer:
+    """In loop order:
+
+    trainer = Trainer(config, groups)                 # weights from config.model.path
+    trainer.begin_stage(config, steps)                # fresh optimizer, the stage's objective
+    measured = trainer.measure(sequences)             # only where old log-probs or the parity gate need it
+    metrics = trainer.step(sequences, stage_step)     # one or more optimizer updates
+    engine.update_weights(trainer.hf_weights(), trainer.policy_version)
+    trainer.export_hf(folder)
+    """
+
+    def __init__(self, config: RunConfig, groups: ProcessGroups):
+        self.groups = groups
+        self.policy_version = 0
+        """Optimizer updates since the run began."""
+        self.source = HfFolder(config.model.path)
+        hf_config = read_hf_config(config.model.path)
+        chunks = build_model(hf_config, config, groups)
+        load_policy(chunks, self.source, groups)
+        self.policy = Policy(
+            chunks=wrap(chunks, config.parallel),
+            groups=groups,
+            vocab_size=hf_config["vocab_size"],
+            temperature=config.rollout.temperature,
+        )
+        self.skipped_in_a_row = 0
+        self.begin_stage(config, config.steps)
+
+    def begin_stage(self, config: RunConfig, steps: int) -> None:
+        """Take the stage's settings and start its optimizer from nothing."""
+        self.config, self.stage_steps = config, steps
+        self.policy = replace(self.policy, temperature=config.rollout.temperature)
+        self.optimizer = build_optimizer(self.policy.chunks, config.optimizer, config.parallel)
+
+    def measure(self, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
+        """Log-probs and entropies of every sequence under the current weights, on every rank."""
+        for chunk in self.policy.chunks:
+            chunk.eval()
+        found = statistics_pass(self.policy, self._microbatches(sequences))
+        return [found[index] for index in range(len(sequences))]
+
+    def step(
+        self, sequences: Sequence[TrainingSequence], stage_step: int, measured: Sequence[SequenceStats] | None = None
+    ) -> dict[str, float]:
+        """Update the policy from one step's sequences.
+
+        Args:
+            sequences: all sequences of the step, the same list on every rank.
+            stage_step: steps of this stage already made; sets the learning rate and the seed.
+            measured: what `measure` returned for these sequences, when it has been called already.
+
+        Returns:
+            Metrics averaged over the step's updates, equal on all ranks.
+        """
+        seed_step(self.config.seed, self.policy_version)
+        if measured is None and self._needs_measurement():
+            measured = self.measure(sequences)
+        if measured is not None:
+            sequences = self._with_measurements(sequences, measured)
+        lr = learning_rate(self.config.optimizer, stage_step, self.stage_steps)
+        updates = [self._update(part, lr) for part in self._parts(sequences)]
+        metrics = {key: float(np.mean([u[key] for u in updates])) for key in updates[0]}
+        return {
+            **metrics,
+            "lr": lr,
+            "accounting/skipped_updates": sum(u["accounting/skipped_updates"] for u in updates),
+        }
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors under Hugging Face names, one bounded bucket at a time, on every rank."""
+        return export_policy([chunk.module for chunk in self.policy.chunks], self.groups, self.policy.vocab_size)
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder (collective; the world's first rank writes)."""
+        write_hf_folder(folder, self.hf_weights(), self.source, write=rank(self.groups.world) == 0)
+        barrier(self.groups.world)
+
+    # ------------------------------------------------------------ one update
+
+    def _update(self, sequences: Sequence[TrainingSequence], lr: float) -> dict[str, float]:
+        for chunk in self.policy.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = train_pass(
+            self.policy,
+            self._microbatches(sequences),
+            count(list(sequences)),
+            self.config.objective,
+            self.config.parity,
+        )
+        stepped, norm = clip_and_step(self.optimizer, self.config.optimizer, lr)
+        self.policy_version += stepped
+        self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
+        return {**metrics, "grad_norm": norm, "accounting/skipped_updates": 0 if stepped else 1}
+
+    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
+        """This data rank's packed share of the sequences."""
+        parallel = self.config.parallel
+        lengths = [len(s.token_ids) for s in sequences]
+        multiple = parallel.pipeline if parallel.virtual_pipeline else 1
+        plan = plan_microbatches(lengths, self.config.batch.tokens_per_microbatch, size(self.groups.data), multiple)[
+            rank(self.groups.data)
+        ]
+        grain = parallel.tensor if parallel.sequence_parallel else 1
+        padded = [padded_length(sum(lengths[i] for i in indices), grain) for indices in plan]
+        if parallel.pipeline > 1:
+            # Stages exchange activations of a fixed shape.
+            padded = [max(padded)] * len(padded)
+        where = device()
+        return [pack(sequences, indices, length).to(where) for indices, length in zip(plan, padded, strict=True)]
+
+    def _parts(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+        """The step's sequences cut into `updates_per_step` shares of whole groups."""
+        updates = self.config.batch.updates_per_step
+        groups = max((s.group for s in sequences), default=0) + 1
+        parts: list[list[TrainingSequence]] = [[] for _ in range(updates)]
+        for sequence in sequences:
+            parts[sequence.group * updates // groups].append(sequence)
+        return parts
+
+    # ------------------------------------------------------------ old log-probs and pooled entropy
+
+    def _entropy_pool(self) -> str | None:
+        level = getattr(self.config.objective, "entropy_level", None)
+        return level if level in ("group", "batch") else None
+
+    def _needs_measurement(self) -> bool:
+        """With one update per step the current log-probs are the old ones, so the extra forward pass is saved."""
+        return self.config.batch.updates_per_step > 1 or self._entropy_pool() is not None
+
+    def _with_measurements(
+        self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]
+    ) -> list[TrainingSequence]:
+        pools = self._pooled_entropy(sequences, measured)
+        # With a single update, leaving the old log-probs out makes the ratio exactly 1 instead of 1 up to rounding.
+        old = [m.logprobs if self.config.batch.updates_per_step > 1 else None for m in measured]
+        return [replace(s, old_logprobs=o, pooled_entropy=p) for s, o, p in zip(sequences, old, pools, strict=True)]
+
+    def _pooled_entropy(
+        self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]
+    ) -> list[float | None]:
+        """Token-mean entropy over the sequence's own population in its group, or in the whole batch."""
+        level = self._entropy_pool()
+        if level is None:
+            return [None] * len(sequences)
+        keys = [(s.is_demonstration, s.group if level == "group" else 0) for s in sequences]
+        pools: dict[tuple[bool, int], list[np.ndarray]] = {}
+        for key, stats in zip(keys, measured, strict=True):
+            pools.setdefault(key, []).append(stats.entropy)
+        means = {key: float(np.concatenate(parts).mean()) for key, parts in pools.items()}
+        return [means[key] for key in keys]
