@@ -1,0 +1,1 @@
+"""Numerical kernels: one public function per operation, each with a closed-form backward."""
