@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -326,9 +326,9 @@ class FormatRewardConfig:
 
 
 RewardConfig = Annotated[
-    Union[MathRewardConfig, ExactRewardConfig, FormatRewardConfig], pydantic.Field(discriminator="kind")
+    MathRewardConfig | ExactRewardConfig | FormatRewardConfig, pydantic.Field(discriminator="kind")
 ]
-RolloutConfig = Annotated[Union[LocalRolloutConfig, ReplayRolloutConfig], pydantic.Field(discriminator="kind")]
+RolloutConfig = Annotated[LocalRolloutConfig | ReplayRolloutConfig, pydantic.Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- advantages and objectives
@@ -468,14 +468,17 @@ class SrftConfig:
     """Weight of the entropy bonus over both populations. Paper 0, released code 0.001."""
 
     denominator: Denominator | None = None
-    """How each term is averaged over its own population. Paper tokens, released code constant for the RL terms
-    (the SFT term is a token mean in both)."""
+    """How the RL terms are averaged. Paper tokens, released code constant. (The SFT term is a token mean in both.)"""
+
+    joint_rl_count: bool | None = None
+    """Divide the RL terms by rollouts and demonstrations counted together (released code, as LUFFY's eq. 4), or each
+    by its own population (paper)."""
 
     constant_length: int | None = None
     """Tokens per sequence for the constant denominator. null: rollout.max_response_tokens."""
 
 
-ObjectiveConfig = Annotated[Union[SftConfig, GrpoConfig, LuffyConfig, SrftConfig], pydantic.Field(discriminator="kind")]
+ObjectiveConfig = Annotated[SftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(clip_low=0.2, clip_high=0.2, denominator="sequence_mean"),
@@ -484,12 +487,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "srft-paper": dict(
         sft_weight=0.5, sft_entropy_sign=-1, rl_weight=0.1, rl_entropy_sign=1, entropy_level="sequence",
         rollout_advantage="plus_minus_one", rollout_surrogate="logprob", demonstration_shaping="none",
-        entropy_coefficient=0.0, denominator="tokens",
+        entropy_coefficient=0.0, denominator="tokens", joint_rl_count=False,
     ),
     "srft-released": dict(
         sft_weight=0.5, sft_entropy_sign=1, rl_weight=0.1, rl_entropy_sign=1, entropy_level="token",
         rollout_advantage="group", rollout_surrogate="ratio", demonstration_shaping="p_div_p_gamma",
-        entropy_coefficient=0.001, denominator="constant",
+        entropy_coefficient=0.001, denominator="constant", joint_rl_count=True,
     ),
 }  # fmt: skip
 """Published values per preset; sources in docs/objectives.md."""

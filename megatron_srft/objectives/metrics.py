@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_srft.objectives.terms import ObjectiveInputs, log_ratio, population_size, rows_of, token_mean
+from megatron_srft.objectives.terms import ObjectiveInputs, log_ratio, rows_of, token_mean
 from megatron_srft.sample import Counts
 
 
