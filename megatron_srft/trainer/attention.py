@@ -1,0 +1,170 @@
+"""Core attention of the local layer spec: causal softmax attention of packed sequences through torch's SDPA.
+
+Sequences lie end to end in one row of tokens and never see each other. They are cut out into a few batches of similar
+length, padded on the right, and each batch goes through one SDPA call. A causal pass needs no mask for right padding:
+a padded key comes after every real query of its sequence.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megatron_srft.trainer import host
+
+host.install()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+MIN_FILL = 0.7
+"""Sequences shorter than this share of the longest in a batch go into the next batch, so that padding stays small."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Segments:
+    """How a row of packed tokens is cut into padded batches.
+
+    Example of lengths 3 and 2: batches=[(2, 3)], token=[0, 1, 2, 3, 4, 4], slot=[0, 1, 2, 3, 4].
+    """
+
+    batches: tuple[tuple[int, int], ...]
+    """(sequences, padded length) of each batch."""
+
+    token: torch.Tensor
+    """[slots] int64; the packed token in each slot of the batches laid end to end. A padding slot repeats the last
+    token of its own sequence, so that nothing (not even a NaN) crosses from one sequence to another."""
+
+    slot: torch.Tensor
+    """[tokens] int64; the slot of each packed token."""
+
+
+@dataclass
+class PackedParams(PackedSeqParams):
+    """megatron's description of packed sequences, with the cut that this module's attention uses."""
+
+    segments: Segments | None = None
+
+
+def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
+    """Describe packed sequences to the model; made once per micro-batch.
+
+    Args:
+        cu_seqlens: [sequences + 1] int32, from 0 to the number of tokens, padding included as a sequence.
+        thd: for TransformerEngine's attention. Otherwise the format is called 'sbhd' (one row of tokens), and rotary
+            embeddings follow the positions that the model is given.
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    return PackedParams(
+        qkv_format="thd" if thd else "sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        segments=None if thd else plan_segments(lengths, cu_seqlens.device),
+    )
+
+
+def plan_segments(lengths: list[int], device: torch.device) -> Segments:
+    """Cut sequences of these lengths, which lie end to end, into batches of similar length."""
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or lengths[i] < MIN_FILL * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(i)
+    token = [_slots(batch, lengths, starts) for batch in batches]
+    token = torch.cat(token) if token else torch.zeros(0, dtype=torch.int64)
+    slot = torch.empty(starts[-1], dtype=torch.int64)
+    # Written from the back, so that a token's first slot wins over the padding that repeats it.
+    slot[token.flip(0)] = torch.arange(len(token)).flip(0)
+    shapes = tuple((len(batch), lengths[batch[0]]) for batch in batches)
+    return Segments(batches=shapes, token=token.to(device), slot=slot.to(device))
+
+
+def _slots(batch: list[int], lengths: list[int], starts: list[int]) -> torch.Tensor:
+    """[sequences * padded length] tokens of one batch."""
+    first = torch.tensor([starts[i] for i in batch])[:, None]
+    last = torch.tensor([starts[i] + lengths[i] - 1 for i in batch])[:, None]
+    return torch.minimum(first + torch.arange(lengths[batch[0]]), last).flatten()
+
+
+class _Pad(torch.autograd.Function):
+    """[tokens, ...] -> [slots, ...]. Padding slots receive no gradient, so its backward is a plain gather."""
+
+    @staticmethod
+    def forward(ctx, packed, segments):
+        ctx.segments = segments
+        return packed.index_select(0, segments.token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.segments.slot), None
+
+
+class _Unpad(torch.autograd.Function):
+    """[slots, ...] -> [tokens, ...]; the gradient of padding slots is zero."""
+
+    @staticmethod
+    def forward(ctx, padded, segments):
+        ctx.segments = segments
+        return padded.index_select(0, segments.slot)
+
+    @staticmethod
+    def backward(ctx, grad):
+        padded = grad.new_zeros(len(ctx.segments.token), *grad.shape[1:])
+        return padded.index_copy_(0, ctx.segments.slot, grad), None
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+) -> torch.Tensor:
+    """Causal attention within each sequence.
+
+    Args:
+        query: [tokens, heads, dim].
+        key, value: [tokens, key heads, dim]; heads is a multiple of key heads, query heads of one key head adjacent.
+
+    Returns:
+        [tokens, heads, dim].
+    """
+    query, key, value = (_Pad.apply(t, segments) for t in (query, key, value))
+    outputs, begin = [], 0
+    for sequences, length in segments.batches:
+        end = begin + sequences * length
+        batch = (t[begin:end].unflatten(0, (sequences, length)) for t in (query, key, value))
+        outputs.append(causal_attention(*batch, scale).flatten(0, 1))
+        begin = end
+    return _Unpad.apply(torch.cat(outputs), segments)
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of equally long sequences: [sequences, length, heads, dim] each, and the result too."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+class PackedAttention(MegatronModule):
+    """Drop-in for megatron's DotProductAttention in the local layer spec. No dropout, no masks but the causal one."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1, "context parallelism needs another attention"
+        self.scale = softmax_scale or config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        """[tokens, sequences, heads, dim] -> [tokens, sequences, heads * dim]; packed sequences are one row."""
+        if packed_seq_params is None:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            return causal_attention(query, key, value, self.scale).transpose(0, 1).flatten(2)
+        query, key, value = (t.squeeze(1) for t in (query, key, value))
+        out = packed_attention(query, key, value, packed_seq_params.segments, self.scale)
+        return out.flatten(1).unsqueeze(1)

@@ -1,0 +1,123 @@
+"""The policy: megatron's GPTModel whose last stage returns hidden states instead of logits.
+
+Log-probs and entropy are computed from the hidden states and the LM-head shard elsewhere, for the response rows only,
+so that no rank ever holds the logits of a whole micro-batch.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron_srft.config import RunConfig
+from megatron_srft.distributed import ProcessGroups
+from megatron_srft.trainer import host
+from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config, uses_transformer_engine
+from megatron_srft.trainer.attention import PackedAttention
+from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
+
+host.install()
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor and the mark that megatron expects."""
+
+    def __init__(self, config, hidden_size, eps=1e-5, **unused):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Under sequence parallelism each tensor-parallel rank sees other tokens; this makes megatron add the gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class PolicyModel(GPTModel):
+    """One pipeline chunk of the policy.
+
+    `model(token_ids, position_ids, None, packed_seq_params=packed_params(cu_seqlens))` with token_ids and position_ids
+    of shape [1, tokens] returns [tokens, 1, hidden]: after the final norm on the last stage, else what the next stage
+    takes. Every stage needs position_ids. With sequence parallelism the rows are this rank's share of the tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, spec, architecture: Architecture, **options: Any):
+        super().__init__(config, spec, position_embedding_type="rope", rotary_base=architecture.rope.theta, **options)
+        self.architecture = architecture
+        # megatron fixes all but one of the constants of Llama 3's scaling, so the frequencies come from our own reader.
+        frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
+        self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+
+    def _preprocess(self, *args, position_ids=None, packed_seq_params=None, **kwargs):
+        outputs = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
+        if packed_seq_params is None or packed_seq_params.qkv_format == "thd":
+            return outputs
+        # megatron has angles of positions 0 ... longest; packed rows need one angle per token.
+        angles = self._angles(position_ids)
+        return (outputs[0], angles, *outputs[2:])
+
+    def _angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """[1, tokens] -> [tokens, 1, 1, head_dim]"""
+        frequencies = self.rotary_pos_emb.inv_freq.to(position_ids.device)
+        angles = torch.outer(position_ids[0].float(), frequencies)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """[padded vocab / tensor, hidden]; this rank's rows of the LM head. Last stage only."""
+        assert self.post_process, "only the last pipeline stage has the LM head"
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(hf_config: Any, run: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
+    """This rank's chunks of the model (one, or virtual_pipeline many), with weights not yet filled.
+
+    Args:
+        hf_config: a transformers config or its to_dict().
+        groups: what parallel.start returned.
+
+    Raises:
+        ValueError: the model is not supported, the layout does not fit it, or `megatron` has a wrong key.
+    """
+    architecture = read_architecture(hf_config)
+    config = transformer_config(architecture, run)
+    stage, stages = groups.pipeline.rank(), groups.pipeline.size()
+    chunks = run.parallel.virtual_pipeline or 1
+    return [
+        PolicyModel(
+            config,
+            layer_specs(config, number if chunks > 1 else None),
+            architecture,
+            vocab_size=padded_vocab_size(architecture.vocab_size, run.parallel.tensor),
+            max_sequence_length=architecture.max_positions,
+            pre_process=stage == 0 and number == 0,
+            post_process=stage == stages - 1 and number == chunks - 1,
+            share_embeddings_and_output_weights=architecture.tied,
+            vp_stage=number if chunks > 1 else None,
+        ).to(torch.cuda.current_device())
+        for number in range(chunks)
+    ]
+
+
+def layer_specs(config: TransformerConfig, virtual_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules that this chunk's layers are made of."""
+    if uses_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    modules, attention = layer.submodules, layer.submodules.self_attention.submodules
+    modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
