@@ -100,8 +100,17 @@ def gather_inputs(batch: PackedBatch, stats: TokenStats) -> ObjectiveInputs:
 
 def log_ratio(inputs: ObjectiveInputs) -> Tensor:
     """[rows] log of policy / policy before the step, clamped."""
-    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    return (inputs.logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (inputs.logprobs - logprobs_before_step(inputs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def engine_log_ratio(inputs: ObjectiveInputs) -> Tensor:
+    """[rows] log of policy before the step / rollout engine, clamped, without gradient; 0 on demonstrations."""
+    difference = logprobs_before_step(inputs) - inputs.rollout_logprobs
+    return torch.where(inputs.is_demonstration, 0, difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def logprobs_before_step(inputs: ObjectiveInputs) -> Tensor:
+    return inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
 
 
 def clipped_surrogate(
@@ -210,7 +219,8 @@ def average(
 
 def token_mean(values: Tensor, inputs: ObjectiveInputs, counts: Counts, population: Population) -> Tensor:
     """This micro-batch's share of the mean of `values` over all tokens of a population."""
-    return average(values, rows_of(inputs, population), inputs, counts, population=population, denominator="tokens")
+    tokens, _ = population_size(counts, population)
+    return torch.where(rows_of(inputs, population), values, 0).sum(dim=-1) / max(tokens, 1)
 
 
 def entropy_bonus(inputs: ObjectiveInputs, counts: Counts, population: Population, coefficient: float) -> Tensor:
@@ -220,10 +230,8 @@ def entropy_bonus(inputs: ObjectiveInputs, counts: Counts, population: Populatio
 
 
 def correct_for_engine(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
-    """[rows] losses times the importance weights of the rollout rows, where there are any."""
-    if inputs.importance_weights is None:
-        return values
-    return torch.where(inputs.is_demonstration, values, values * inputs.importance_weights)
+    """[rows] rollout losses times their importance weights, if there are any."""
+    return values if inputs.importance_weights is None else values * inputs.importance_weights
 
 
 def with_importance_weights(
@@ -233,10 +241,9 @@ def with_importance_weights(
 
     truncate: min(w, limit). mask: w where 1/limit <= w <= limit, else 0.
     """
-    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    weights = (old - inputs.rollout_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    weights = engine_log_ratio(inputs).exp()
     if kind == "truncate":
         weights = weights.clamp(max=limit)
     else:
         weights = torch.where((weights >= 1 / limit) & (weights <= limit), weights, 0)
-    return dataclasses.replace(inputs, importance_weights=torch.where(inputs.is_demonstration, 1, weights))
+    return dataclasses.replace(inputs, importance_weights=weights)
