@@ -7,5 +7,13 @@
     scorer       `Scorer`: one or more rewards, applied to groups
     statistics   avg@k, pass@k, majority@k
 
-This file imports nothing on purpose: a worker process passes through it and must start without torch.
+A worker process passes through this file and must start without torch, so `Scorer` is imported when first asked for.
 """
+
+
+def __getattr__(name: str):
+    if name == "Scorer":
+        from megatron_srft.rewards.scorer import Scorer
+
+        return Scorer
+    raise AttributeError(f"module {__name__} has no attribute {name}")
