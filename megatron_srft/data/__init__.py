@@ -1,0 +1,15 @@
+"""Prompts, demonstrations, chat templates, order of visits and packing."""
+
+from megatron_srft.data.dataset import Dataset, load_dataset, load_problems
+from megatron_srft.data.report import DataReport, RowCounts
+from megatron_srft.data.stream import PromptStream, choose_demonstration
+
+__all__ = [
+    "DataReport",
+    "Dataset",
+    "PromptStream",
+    "RowCounts",
+    "choose_demonstration",
+    "load_dataset",
+    "load_problems",
+]

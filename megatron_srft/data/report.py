@@ -1,0 +1,113 @@
+"""What became of every row of the data files: kept, dropped and why, cut, doubtful."""
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(kw_only=True)
+class RowCounts:
+    """The fate of the rows of one file, or of all files together."""
+
+    rows: int = 0
+    """Rows read."""
+
+    blank_lines: int = 0
+    """Blank lines skipped (JSONL)."""
+
+    kept: int = 0
+    """Rows that became prompts."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows left out, by reason; rows = kept + the sum of these."""
+
+    truncated_prompts: int = 0
+    """Kept prompts that lost their beginning (data.overlong_prompts: truncate_left)."""
+
+    without_answer: int = 0
+    """Kept prompts without a reference answer: they cannot be rewarded, only imitated."""
+
+    joined_answers: int = 0
+    """Kept prompts whose answer was a list of several parts, joined by commas."""
+
+    without_demonstration: int = 0
+    """Kept prompts without a demonstration."""
+
+    demonstrations: int = 0
+    """Demonstrations of the kept prompts."""
+
+    overlong_demonstrations: int = 0
+    """Demonstrations dropped for their length; the prompt itself stays."""
+
+    truncated_demonstrations: int = 0
+    """Demonstrations cut to the limit: no end token, never a reward."""
+
+    without_prefix: int = 0
+    """Demonstrations that did not begin with data.generation_prefix (nothing was stripped from them)."""
+
+    longest_prompt_tokens: int = 0
+    """Tokens of the longest prompt, before dropping and truncation."""
+
+    longest_demonstration_tokens: int = 0
+    """Tokens of the longest demonstration with its end token, before dropping and truncation."""
+
+    def __add__(self, other: "RowCounts") -> "RowCounts":
+        total = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            total[f.name] = max(mine, theirs) if f.name.startswith("longest_") else mine + theirs
+        return RowCounts(**total)
+
+
+@dataclass(kw_only=True)
+class DataReport:
+    """The accounting of one `load_dataset` or `load_problems`."""
+
+    files: dict[str, RowCounts] = field(default_factory=dict)
+    """Counts of each prompt file, by its label."""
+
+    chat_template: bool = False
+    """Prompts were rendered with the tokenizer's chat template."""
+
+    matched_demonstrations: int = 0
+    """Rows of data.demonstrations that found their prompt."""
+
+    unmatched_demonstrations: int = 0
+    """Rows of data.demonstrations whose id no prompt has."""
+
+    @property
+    def total(self) -> RowCounts:
+        """Sums (for the longest, maxima) over all files."""
+        return sum(self.files.values(), RowCounts())
+
+    def summary(self) -> str:
+        """One paragraph for the console: the sizes, then everything that was dropped, cut or missing."""
+        total = self.total
+        rendering = "the tokenizer's chat template" if self.chat_template else "no chat template"
+        parts = [
+            f"{total.kept:,} prompts from {total.rows:,} rows in {_plural(len(self.files), 'file')}, with {rendering}; "
+            f"longest prompt {total.longest_prompt_tokens:,} tokens",
+            *(f"dropped {count:,}: {reason}" for reason, count in total.dropped.items()),
+            *_noted(total.truncated_prompts, "prompts cut on the left"),
+            *_noted(total.without_answer, "prompts without an answer"),
+            *_noted(total.joined_answers, "answers that are lists, joined by commas"),
+            f"{_plural(total.demonstrations, 'demonstration')}"
+            + (f", the longest {total.longest_demonstration_tokens:,} tokens" if total.demonstrations else ""),
+            *(_noted(total.without_demonstration, "prompts without one") if total.demonstrations else ()),
+            *_noted(total.overlong_demonstrations, "demonstrations dropped as too long"),
+            *_noted(total.truncated_demonstrations, "demonstrations truncated"),
+            *_noted(total.without_prefix, "demonstrations that do not begin with data.generation_prefix"),
+            *_noted(self.unmatched_demonstrations, "rows of data.demonstrations whose id no prompt has"),
+            *_noted(total.blank_lines, "blank lines skipped"),
+        ]
+        return "; ".join(parts) + "."
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def _noted(count: int, what: str) -> list[str]:
+    return [f"{count:,} {what}"] if count else []
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
