@@ -1,0 +1,101 @@
+"""`megatron-srft train | evaluate | convert | report | doctor`. A command imports what it needs when it is called."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_srft import __version__, errors
+
+USAGE = """usage: megatron-srft COMMAND ... [--debug]
+
+commands:
+  train CONFIG [key=value ...]   train as a config file says; --dry-run only checks it and prints what it comes to
+  evaluate MODEL FILE ...        accuracy of a Hugging Face folder or a checkpoint on JSONL or parquet files
+  convert SOURCE TARGET          Hugging Face folder to checkpoint, or checkpoint to Hugging Face folder
+  report RUN                     write report.html into a run folder
+  doctor                         what is installed, and what works on this machine
+
+megatron-srft COMMAND --help lists a command's options. --debug shows the traceback of a mistake too.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the status is 0 done, 1 could not go on, 2 a mistake of the user, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    match given:
+        case [] | ["-h" | "--help", *_]:
+            print(USAGE, end="")
+            return 0 if given else 2
+        case ["--version", *_]:
+            print(__version__)
+            return 0
+        case [name, *rest] if name in COMMANDS:
+            parser = argparse.ArgumentParser(prog=f"megatron-srft {name}", description=COMMANDS[name].__doc__)
+            parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake too")
+            return COMMANDS[name](parser, rest)
+    print(USAGE, end="", file=sys.stderr)
+    print(f"\nerror: unknown command '{given[0]}'; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
+def train(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Train in this process, or with --dry-run only check. Several ranks: torchrun -m megatron_srft.train CONFIG."""
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, applied over the file")
+    parser.add_argument("--dry-run", action="store_true", help="check config, data and layout; print sizes and memory")
+    parser.add_argument("--ranks", type=int, help="processes that --dry-run reckons with (default: one model replica)")
+    options = parser.parse_intermixed_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import config
+
+        settings = config.load(options.config, options.overrides)
+        if options.dry_run:
+            from megatron_srft import dry_run
+
+            return dry_run.main(options.config, settings, options.ranks)
+        if options.ranks is not None:
+            raise ValueError("--ranks belongs to --dry-run; to train on several ranks start with torchrun")
+        from megatron_srft.train import run_training
+
+        run_training(settings)
+        return 0
+
+    return errors.run(body, debug=options.debug)
+
+
+def report(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Write report.html into a run folder, finished or in progress."""
+    parser.add_argument("run", type=Path, help="run folder, for example runs/arithmetic")
+    options = parser.parse_args(arguments)
+
+    def body() -> int:
+        from megatron_srft.analysis.report import write_report
+
+        print(write_report(options.run))
+        return 0
+
+    return errors.run(body, debug=options.debug)
+
+
+def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Print versions, devices and what works here; status 1 when something required does not."""
+    options = parser.parse_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import doctor
+
+        return doctor.main()
+
+    return errors.run(body, debug=options.debug)
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
+    "train": train,
+    "report": report,
+    "doctor": doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`megatron-srft train CONFIG --dry-run`: what can be wrong before the model is built, and what the run comes to."""
+
+import json
+import os
+from pathlib import Path
+
+from megatron_srft import layout
+from megatron_srft.config import ConfigError, RunConfig
+from megatron_srft.data import load_dataset, load_problems
+from megatron_srft.layout import Memory
+from megatron_srft.rewards import Scorer
+from megatron_srft.rollout import load_tokenizer
+from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
+from megatron_srft.trainer.parallel import check_world_size
+from megatron_srft.weights.architecture import Architecture, read_architecture
+
+
+def main(path: str, config: RunConfig, ranks: int | None) -> int:
+    """Check model, layout, data and rewards of every stage, and print the arithmetic.
+
+    Args:
+        path: the config file, for the closing hint.
+        ranks: processes to reckon with; None: WORLD_SIZE, or one model replica.
+
+    Raises:
+        ValueError: the first thing that does not fit.
+    """
+    world_size = ranks or int(os.environ.get("WORLD_SIZE", layout.smallest_world(config)))
+    check_world_size(config.parallel, world_size)
+    model = read_architecture(read_config(config.model.path))
+    stages = config.stage_configs()
+    for _, stage in stages:
+        transformer_config(model, stage)
+    print_model(config, model)
+    print_ranks(config, model, world_size)
+    tokenizer = load_tokenizer(config.model)
+    for name, stage in stages:
+        print(f"\nstage {name}: {stage.steps} steps, objective {stage.objective.kind}")
+        print_stage(stage, model, world_size, tokenizer)
+    print_disk(config, model)
+    print(f"\nnothing was trained; to train: torchrun --nproc-per-node {world_size} -m megatron_srft.train {path}")
+    return 0
+
+
+def read_config(folder: str) -> dict:
+    """config.json of a Hugging Face folder."""
+    if not folder:
+        raise ConfigError("model.path is empty; it must name a Hugging Face folder")
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"model.path: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"model.path: {path} is not JSON: {error}") from None
+
+
+# ---------------------------------------------------------------- printing
+
+
+def print_model(config: RunConfig, model: Architecture) -> None:
+    head = "tied to the embedding" if model.tied else "of its own"
+    print(
+        f"model: {model.family}, {model.parameters:,} parameters in {config.model.dtype}\n"
+        f"  {model.num_layers} layers, hidden {model.hidden_size}, MLP {model.ffn_size}, {model.num_heads} heads "
+        f"({model.num_kv_heads} key-value) of {model.head_dim}, vocabulary {model.vocab_size:,}, LM head {head}"
+    )
+
+
+def print_ranks(config: RunConfig, model: Architecture, world_size: int) -> None:
+    parallel = config.parallel
+    data_ranks = world_size // parallel.model_ranks
+    print(f"\nlayout: {world_size} ranks = {parallel.tensor} tensor x {parallel.pipeline} pipeline x {data_ranks} data")
+    rows = [
+        (p.rank, p.tensor, p.pipeline, p.data, ", ".join(f"{first}-{end - 1}" for first, end in p.layers))
+        for p in layout.places(config, model.num_layers, world_size)
+    ]
+    print_table(("rank", "tensor", "pipeline", "data", "layers"), rows)
+
+
+def print_stage(stage: RunConfig, model: Architecture, world_size: int, tokenizer) -> None:
+    dataset = load_dataset(stage.data, stage.rollout, tokenizer)
+    print(f"  data: {dataset.report.summary()}")
+    for file in stage.evaluation.files:
+        held_out = load_problems((file,), stage.data, tokenizer, stage.evaluation.max_problems)
+        print(f"  evaluation: {held_out.report.summary()}")
+    with Scorer(stage.rewards) as scorer:
+        scorer.self_test()
+    print(f"  rewards: {', '.join(reward.kind for reward in stage.rewards)}; self-test passed")
+    lengths = [len(prompt.token_ids) for prompt in dataset.prompts]
+    print_batch(stage, world_size, sum(lengths) / len(lengths))
+    print_memory(stage, model, world_size)
+
+
+def print_batch(stage: RunConfig, world_size: int, prompt_tokens: float) -> None:
+    size = layout.batch_arithmetic(stage, world_size // stage.parallel.model_ranks, prompt_tokens)
+    least, most = size.tokens_per_update
+    fewest, greatest = size.microbatches_per_update
+    print(
+        f"  step: {size.prompts} prompts, {size.rollouts} completions, up to {size.demonstrations} demonstrations, "
+        f"{size.updates} update(s)\n"
+        f"  update: up to {size.sequences_per_update} sequences of at most {size.longest_sequence:,} tokens, "
+        f"{least:,} to {most:,} tokens in all\n"
+        f"  micro-batches of {stage.batch.tokens_per_microbatch:,} tokens: {fewest} to {greatest} per data rank"
+    )
+
+
+def print_memory(stage: RunConfig, model: Architecture, world_size: int) -> None:
+    padded = padded_vocab_size(model.vocab_size, stage.parallel.tensor)
+    rows = [
+        (number, *memory_cells(layout.memory(stage, model, number, world_size, padded)))
+        for number in range(stage.parallel.pipeline)
+    ]
+    print("  memory per rank, by pipeline stage (estimate, without the libraries themselves):")
+    names = ("parameters", "gradients", "optimizer", "activations", "LM head", "engine", "KV cache", "peak")
+    print_table(("stage", *names), rows)
+
+
+def memory_cells(memory: Memory) -> list[str]:
+    parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.head)
+    return [amount(part) for part in (*parts, memory.engine, memory.cache, memory.peak)]
+
+
+def print_disk(config: RunConfig, model: Architecture) -> None:
+    checkpoint, folder = layout.checkpoint_bytes(config, model), layout.hf_folder_bytes(config, model)
+    print(
+        f"\ndisk: {amount(checkpoint)} per checkpoint (the newest {config.checkpoint.keep} are kept), "
+        f"{amount(folder)} per Hugging Face folder, in {config.folder}"
+    )
+
+
+def print_table(names: tuple[str, ...], rows: list[tuple]) -> None:
+    """Right-aligned columns under their names."""
+    cells = [names, *(tuple(str(value) for value in row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    for line in cells:
+        print("    " + "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def amount(number: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
