@@ -757,7 +757,13 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def from_dict(tree: dict[str, Any], prefix: str = "") -> RunConfig:
-    """Validate a plain tree. Raises ConfigError naming the first wrong key."""
+    """Validate a plain tree. Raises ConfigError naming the first wrong key.
+
+    A rollout or objective section without a kind is of the default kind.
+    """
+    for key, default in (("rollout", LocalRolloutConfig), ("objective", SrftConfig)):
+        if isinstance(tree.get(key), dict):
+            tree = {**tree, key: {"kind": default.kind, **tree[key]}}
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(tree)
     except pydantic.ValidationError as error:
@@ -795,6 +801,8 @@ def _explain(error: pydantic.ValidationError, prefix: str) -> str:
         return f"{key} needs a kind"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
+        return f"{key} needs a list; write {key}: [{first['input']}]"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message} (got {first['input']!r})"
 
