@@ -145,9 +145,6 @@ def _layout_settings(run: RunConfig) -> dict[str, Any]:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
         expert_tensor_parallel_size=layout.tensor,
-        # Packed micro-batches differ in length, so stages tell each other the shape of what they send.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the only one that TransformerConfig lets go with it, even without experts
     )
     settings |= _communication_settings(layout)
     match layout.recompute:

@@ -7,6 +7,7 @@ world of its own, so that a single-process run needs no launcher.
 import os
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -44,7 +45,7 @@ def start(config: ParallelConfig, seed: int) -> ProcessGroups:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    seed_step(seed, 0)
     return ProcessGroups(
         world=dist.group.WORLD,
         tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -52,6 +53,11 @@ def start(config: ParallelConfig, seed: int) -> ProcessGroups:
         data=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
     )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make the random state of this rank a function of (seed, step), so that a resumed run draws the same numbers."""
+    tensor_parallel.model_parallel_cuda_manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 def stop() -> None:
