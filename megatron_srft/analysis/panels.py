@@ -1,0 +1,162 @@
+"""Which metrics stand in which plot of the report; keys that no plot names get one of their own at the end."""
+
+from dataclasses import dataclass
+
+from megatron_srft.analysis.plots import Panel
+from megatron_srft.analysis.runs import Run, Series
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelPlan:
+    """A plot before its values are known."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    """Metric keys; one that ends in / takes every key that starts with it and was not named by an earlier plot."""
+    kind: str = "lines"
+    note: str = ""
+
+
+SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
+    "Reward and accuracy": (
+        PanelPlan(
+            title="Accuracy",
+            unit="share correct",
+            keys=("accuracy", "demonstration_solved"),
+            note="Rollouts the verifier called right, and demonstrations it called right.",
+        ),
+        PanelPlan(title="Reward", unit="reward", keys=("reward/",), note="Mean over the step's rollouts."),
+        PanelPlan(
+            title="Held-out accuracy",
+            unit="share correct",
+            keys=("eval/",),
+            note="The first metric of each evaluation file; the table above has them all.",
+        ),
+        PanelPlan(
+            title="Groups without contrast",
+            unit="share of groups",
+            keys=("groups/",),
+            note="A group whose rewards are all equal gives a group advantage of zero.",
+        ),
+    ),
+    "Entropy and SRFT weights": (
+        PanelPlan(
+            title="Entropy of the policy",
+            unit="nats per token",
+            keys=("entropy/rollouts", "entropy/demonstrations", "entropy/"),
+            note="Mean over the response tokens of each population, before the update.",
+        ),
+        PanelPlan(
+            title="Entropy-aware weights",
+            unit="weight",
+            keys=("weight/rl", "weight/sft", "weight/"),
+            note="sft multiplies the demonstrations' likelihood term, rl the positive rollouts.",
+        ),
+        PanelPlan(title="Largest weight of a token", unit="weight", keys=("weight_rl", "weight_sft"), kind="log"),
+    ),
+    "Loss": (
+        PanelPlan(title="Total loss", unit="loss", keys=("loss",)),
+        PanelPlan(
+            title="Loss terms", unit="loss", keys=("loss/",), note="Each with its weight: the total is their sum."
+        ),
+        PanelPlan(
+            title="Negative log-likelihood",
+            unit="nats per token",
+            keys=("nll/rollouts", "nll/demonstrations", "nll/"),
+            note="Response tokens, unweighted.",
+        ),
+    ),
+    "Length": (
+        PanelPlan(
+            title="Response length",
+            unit="tokens",
+            keys=("response_length/mean", "response_length/max", "response_length/stopped/mean"),
+            note="stopped: responses that ended by themselves.",
+        ),
+        PanelPlan(title="Cut at the length limit", unit="share of responses", keys=("truncated_share",)),
+    ),
+    "Policy change": (
+        PanelPlan(
+            title="Clipped tokens",
+            unit="share of tokens",
+            keys=("clip_fraction/",),
+            note="Rollout tokens whose gradient the lower or the upper clip removed.",
+        ),
+        PanelPlan(title="Importance ratio", unit="ratio", keys=("ratio/mean", "ratio"), note="ratio: the largest."),
+        PanelPlan(
+            title="Distance from the sampling policy",
+            unit="nats per token",
+            keys=("kl/",),
+            note="Two estimates of the same KL divergence; k3 is never negative.",
+        ),
+    ),
+    "Trainer against rollout engine": (
+        PanelPlan(
+            title="Mismatch of log-probs",
+            unit="nats",
+            keys=("mismatch/mean", "mismatch/k3", "mismatch"),
+            kind="log",
+            note="Same tokens, same weights, two implementations. mismatch: the largest difference.",
+        ),
+        PanelPlan(title="Corrected tokens", unit="share of tokens", keys=("mismatch/corrected_share",)),
+        PanelPlan(title="Parity gate", unit="nats", keys=("parity/mean", "parity/max"), kind="log"),
+        PanelPlan(title="Parity gate: importance ratio", unit="ratio", keys=("parity/",)),
+    ),
+    "Optimizer": (
+        PanelPlan(title="Gradient norm", unit="norm before clipping", keys=("grad_norm",)),
+        PanelPlan(title="Learning rate", unit="learning rate", keys=("lr",), kind="exact"),
+    ),
+    "Time": (
+        PanelPlan(title="Seconds per stage", unit="seconds", keys=("time/",), kind="stacked"),
+        PanelPlan(title="Throughput", unit="tokens per second", keys=("tokens/s",)),
+    ),
+}
+
+HIDDEN = ("time/step", "ranks", "accounting/", "count/", "response_length/")
+"""Keys that get no plot of their own: they stand in tables or the settings, or repeat what a plot shows."""
+
+
+def sections(run: Run) -> dict[str, tuple[list[Panel], list[str]]]:
+    """Section title -> (its plots, the keys of the plots that the run logged nothing for)."""
+    free = [key for key in run.keys() if run.series(key)]
+    primary = {f"eval/{file}/{next(iter(metrics))}" for file, metrics in run.evaluations().items()}
+    free = [key for key in free if not key.startswith("eval/") or key in primary]
+    filled: dict[str, tuple[list[Panel], list[str]]] = {}
+    for title, plans in SECTIONS.items():
+        panels, missing = [], []
+        for plan in plans:
+            keys = [key for wanted in plan.keys for key in _take(free, wanted) if key not in HIDDEN]
+            if keys:
+                panels.append(_panel(run, plan, keys))
+            else:
+                missing += [wanted + "*" * wanted.endswith("/") for wanted in plan.keys]
+        filled[title] = (panels, missing)
+    for hidden in HIDDEN:
+        _take(free, hidden)
+    rest = [_panel(run, PanelPlan(title=key, unit="value", keys=(key,)), [key]) for key in free]
+    return filled | ({"Other metrics": (rest, [])} if rest else {})
+
+
+def _matches(keys: list[str], wanted: str) -> list[str]:
+    return [key for key in keys if key == wanted or (wanted.endswith("/") and key.startswith(wanted))]
+
+
+def _take(free: list[str], wanted: str) -> list[str]:
+    taken = _matches(free, wanted)
+    free[:] = [key for key in free if key not in taken]
+    return taken
+
+
+def _untimed(run: Run, keys: list[str]) -> dict[str, Series]:
+    """What the step took beyond its timed stages, under the name `other`, so that the stack is as high as the step."""
+    stages = [dict(run.series(key)) for key in keys]
+    rest = [(s, max(whole - sum(t.get(s, 0.0) for t in stages), 0.0)) for s, whole in run.series("time/step")]
+    return {"other": rest} if rest else {}
+
+
+def _panel(run: Run, plan: PanelPlan, keys: list[str]) -> Panel:
+    lines = {key: run.series(key) for key in keys}
+    if plan.kind == "stacked":
+        lines |= _untimed(run, keys)
+    return Panel(title=plan.title, unit=plan.unit, lines=lines, kind=plan.kind, note=plan.note)
