@@ -47,20 +47,23 @@ class PackedParams(PackedSeqParams):
     segments: Segments | None = None
 
 
-def for_local_layers(params: PackedSeqParams) -> PackedParams:
-    """Plan the cut once, for all layers of a forward pass.
+def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
+    """Describe packed sequences to the model; made once per micro-batch, for all layers.
 
-    The format 'sbhd' tells megatron's attention layer that the tokens are one plain row: it then applies the rotary
-    angles that the model hands it token by token, instead of walking through the sequences in Python in every layer.
+    Args:
+        cu_seqlens: [sequences + 1] int32, from 0 to the number of tokens, padding included as a sequence.
+        thd: for TransformerEngine's layers. Otherwise the format is called 'sbhd': megatron's attention layer then
+            takes the tokens as one plain row and applies the rotary angles that the model hands it token by token,
+            instead of walking through the sequences in Python in every layer.
     """
-    lengths = (params.cu_seqlens_q[1:] - params.cu_seqlens_q[:-1]).tolist()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     return PackedParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=params.cu_seqlens_q,
-        cu_seqlens_kv=params.cu_seqlens_kv,
-        max_seqlen_q=params.max_seqlen_q,
-        max_seqlen_kv=params.max_seqlen_kv,
-        segments=plan_segments(lengths, params.cu_seqlens_q.device),
+        qkv_format="thd" if thd else "sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        segments=None if thd else plan_segments(lengths, cu_seqlens.device),
     )
 
 

@@ -12,7 +12,7 @@ from megatron_srft.config import RunConfig
 from megatron_srft.distributed import ProcessGroups
 from megatron_srft.trainer import host
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config, uses_transformer_engine
-from megatron_srft.trainer.attention import PackedAttention, PackedParams, for_local_layers
+from megatron_srft.trainer.attention import PackedAttention
 from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
 
 host.install()
@@ -22,7 +22,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
@@ -41,8 +40,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk of the policy. Every stage needs position_ids; with sequence parallelism the rows that come
-    out are this rank's share of the tokens."""
+    """One pipeline chunk of the policy.
+
+    `model(token_ids, position_ids, None, packed_seq_params=packed_params(cu_seqlens))`, with token_ids and position_ids
+    of shape [1, tokens] on every stage, returns [tokens, 1, hidden]: after the final norm on the last stage, otherwise
+    what the next stage takes in. With sequence parallelism the rows are this rank's share of the tokens.
+    """
 
     def __init__(self, config: TransformerConfig, spec, architecture: Architecture, **options: Any):
         super().__init__(config, spec, position_embedding_type="rope", rotary_base=architecture.rope.theta, **options)
@@ -51,30 +54,9 @@ class PolicyModel(GPTModel):
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Run this chunk.
-
-        Args:
-            input_ids, position_ids: [1, tokens]; positions start at 0 in each sequence.
-            packed_seq_params: in 'thd' format, with the boundaries of the sequences; None: one sequence.
-
-        Returns:
-            [tokens, 1, hidden]: after the final norm on the last stage, otherwise what the next stage takes in.
-        """
-        if packed_seq_params is not None and not uses_transformer_engine():
-            packed_seq_params = for_local_layers(packed_seq_params)
-        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
-
     def _preprocess(self, *args, position_ids=None, packed_seq_params=None, **kwargs):
         outputs = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
-        if not isinstance(packed_seq_params, PackedParams):
+        if packed_seq_params is None or packed_seq_params.qkv_format == "thd":
             return outputs
         # megatron has the angles of positions 0 ... longest; a packed row needs one angle per token.
         return (outputs[0], self._angles(position_ids), *outputs[2:])

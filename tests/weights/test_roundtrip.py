@@ -3,7 +3,6 @@
 One spawn per layout runs all families, because starting processes costs more than the checks.
 """
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -98,19 +97,13 @@ def check_logits(path, chunks, groups) -> None:
 
 def forward(chunks, sequences):
     """The packed sequences through the pipeline schedule; the last stage's hidden states."""
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_srft.trainer.attention import packed_params
 
     tokens = torch.cat(sequences)
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
-    cu_seqlens = torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int()
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(LENGTHS),
-        max_seqlen_kv=max(LENGTHS),
-    )
+    packed = packed_params(torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int())
 
     def step(data, chunk):
         next(data)
