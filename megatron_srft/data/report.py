@@ -84,20 +84,20 @@ class DataReport:
         total = self.total
         rendering = "the tokenizer's chat template" if self.chat_template else "no chat template"
         parts = [
-            f"{total.kept:,} prompts from {total.rows:,} rows in {_plural(len(self.files), 'file')}, with {rendering}; "
-            f"longest prompt {total.longest_prompt_tokens:,} tokens",
+            f"{_plural(total.kept, 'prompt')} from {_plural(total.rows, 'row')} in {_plural(len(self.files), 'file')}, "
+            f"with {rendering}; longest prompt {total.longest_prompt_tokens:,} tokens",
             *(f"dropped {count:,}: {reason}" for reason, count in total.dropped.items()),
-            *_noted(total.truncated_prompts, "prompts cut on the left"),
-            *_noted(total.without_answer, "prompts without an answer"),
-            *_noted(total.joined_answers, "answers that are lists, joined by commas"),
-            f"{_plural(total.demonstrations, 'demonstration')}"
+            *_noted(total.truncated_prompts, "prompt", "cut on the left"),
+            *_noted(total.without_answer, "prompt", "without an answer"),
+            *_noted(total.joined_answers, "answer", "given as a list, joined by commas"),
+            _plural(total.demonstrations, "demonstration")
             + (f", the longest {total.longest_demonstration_tokens:,} tokens" if total.demonstrations else ""),
-            *(_noted(total.without_demonstration, "prompts without one") if total.demonstrations else ()),
-            *_noted(total.overlong_demonstrations, "demonstrations dropped as too long"),
-            *_noted(total.truncated_demonstrations, "demonstrations truncated"),
-            *_noted(total.without_prefix, "demonstrations that do not begin with data.generation_prefix"),
-            *_noted(self.unmatched_demonstrations, "rows of data.demonstrations whose id no prompt has"),
-            *_noted(total.blank_lines, "blank lines skipped"),
+            *(_noted(total.without_demonstration, "prompt", "without one") if total.demonstrations else ()),
+            *_noted(total.overlong_demonstrations, "demonstration", "dropped as too long"),
+            *_noted(total.truncated_demonstrations, "demonstration", "truncated"),
+            *_noted(total.without_prefix, "demonstration", "not beginning with data.generation_prefix"),
+            *_noted(self.unmatched_demonstrations, "row", "of data.demonstrations whose id no prompt has"),
+            *_noted(total.blank_lines, "blank line", "skipped"),
         ]
         return "; ".join(parts) + "."
 
@@ -105,8 +105,8 @@ class DataReport:
         return self.summary()
 
 
-def _noted(count: int, what: str) -> list[str]:
-    return [f"{count:,} {what}"] if count else []
+def _noted(count: int, noun: str, fate: str) -> list[str]:
+    return [f"{_plural(count, noun)} {fate}"] if count else []
 
 
 def _plural(count: int, noun: str) -> str:

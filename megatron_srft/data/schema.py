@@ -58,7 +58,10 @@ def answer_keys(config: DataConfig) -> tuple[str, ...]:
 
 
 def demonstration_keys(config: DataConfig) -> tuple[str, ...]:
-    return (config.demonstration_key,) if config.demonstration_key else DEMONSTRATION_KEYS
+    if config.demonstration_key:
+        return (config.demonstration_key,)
+    # Many data sets call the answer `target`; whoever names it as the answer does not mean LUFFY's field.
+    return tuple(key for key in DEMONSTRATION_KEYS if key not in (config.prompt_key, config.answer_key))
 
 
 def parse(row: Row, config: DataConfig, file: str) -> Record:

@@ -40,9 +40,13 @@ class PromptFormat:
         """
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        text = self._chat_text(messages, where) if self.chat else _plain_text(messages, where)
-        # Templates of reasoning models may already open the response, for example with <think>.
-        return text if text.endswith(self.generation_prefix) else text + self.generation_prefix
+        if not self.chat:
+            return _plain_text(messages, where) + self.generation_prefix
+        # Templates of reasoning models may open the response themselves, with or without a line end after <think>.
+        opening = self.generation_prefix.rstrip()
+        text = self._chat_text(messages, where)
+        opened = opening and text.rstrip().endswith(opening)
+        return (text.rstrip().removesuffix(opening) if opened else text) + self.generation_prefix
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of prompt texts, [prompt tokens] int32 each."""
