@@ -1,0 +1,197 @@
+"""Accuracy on held-out problems: greedy, and avg@k, pass@k, majority@k over sampled answers, per file.
+
+Greedy answers are always measured; sampled ones when the temperature is above 0. The random streams depend on the seed
+and the problem only, so two evaluations of a run differ by their weights and nothing else.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_srft import distributed
+from megatron_srft.config import EvaluationConfig, RunConfig, SamplingConfig, require
+from megatron_srft.data import Dataset, load_problems
+from megatron_srft.rewards import Scorer
+from megatron_srft.rewards.statistics import average_at_k, majority_at_k, pass_at_k
+from megatron_srft.rollout import RolloutEngine, collect, load_local_engine, load_tokenizer
+from megatron_srft.sample import Group
+
+VERDICTS = ("verified", "no_answer")
+"""Statuses with a verdict; the others are failures of the verifier or the reference, and count as wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileResult:
+    """Accuracies of one file, each the mean over its problems.
+
+    Example: problems=200, greedy=0.41, average=0.38, pass_at={1: 0.38, 2: 0.51, 4: 0.63}, majority_at={2: 0.38, 4: 0.45}.
+    """
+
+    problems: int
+    greedy: float
+    samples: int = 0
+    """Sampled answers per problem; 0 when only greedy ones were measured."""
+    average: float | None = None
+    pass_at: dict[int, float] = field(default_factory=dict)
+    majority_at: dict[int, float] = field(default_factory=dict)
+    mean_length: float
+    """Tokens per answer, of the sampled ones if there are any."""
+    truncated_share: float
+    """Of those, the share cut at rollout.max_response_tokens."""
+    unverified_share: float
+    """Of all answers, the share without a verdict; they count as wrong."""
+
+    def columns(self) -> dict[str, float]:
+        """The figures under their usual names, most telling first."""
+        values = {"greedy": self.greedy}
+        if self.average is not None:
+            values[f"avg@{self.samples}"] = self.average
+        values |= {f"pass@{k}": value for k, value in self.pass_at.items() if k > 1}
+        values |= {f"majority@{k}": value for k, value in self.majority_at.items()}
+        return values | {
+            "length": self.mean_length,
+            "truncated": self.truncated_share,
+            "unverified": self.unverified_share,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    files: dict[str, FileResult]
+    settings: dict[str, Any]
+    """How the answers were made: samples, temperature, top_p, max_response_tokens, stop, seed."""
+
+    def metrics(self) -> dict[str, float]:
+        """eval/<file>/<figure>, for the metric sink."""
+        return {f"eval/{name}/{key}": v for name, file in self.files.items() for key, v in file.columns().items()}
+
+    def table(self) -> str:
+        """One line per file."""
+        rows = [
+            {"file": name, "problems": str(file.problems)} | {k: _figure(k, v) for k, v in file.columns().items()}
+            for name, file in self.files.items()
+        ]
+        heads = list(dict.fromkeys(key for row in rows for key in row))
+        widths = {head: max(len(head), *(len(row.get(head, "")) for row in rows)) for head in heads}
+        lines = [{head: head for head in heads}, *rows]
+        return "\n".join(
+            "  ".join(
+                line.get(h, "").ljust(widths[h]) if h == "file" else line.get(h, "").rjust(widths[h]) for h in heads
+            )
+            for line in lines
+        )
+
+    def write_json(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    datasets: Sequence[tuple[str, Dataset]],
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    world: distributed.Group,
+) -> EvaluationResult:
+    """Answer every problem with the engine's current weights and score the answers.
+
+    Args:
+        datasets: (name, problems) of each file, the same on every rank; at most config.max_problems of each are used.
+        sampling: gives the length limit and the stop strings; temperature and top_p come from `config`.
+        world: shares the problems; every rank returns the same result.
+    """
+    greedy = SamplingConfig(temperature=0.0, max_response_tokens=sampling.max_response_tokens, stop=sampling.stop)
+    sampled = dataclasses.replace(greedy, temperature=config.temperature, top_p=config.top_p)
+    files = {}
+    for name, dataset in datasets:
+        prompts = list(dataset.prompts[: config.max_problems or None])
+
+        def answer(n: int, how: SamplingConfig, prompts: list = prompts) -> list[Group]:
+            nothing = [None] * len(prompts)
+            return collect(engine, prompts, nothing, n, how, seed, 0, world, score=scorer.score)
+
+        files[name] = summarise(answer(1, greedy), answer(config.samples, sampled) if config.temperature else [])
+    settings = {"samples": config.samples, "seed": seed} | dataclasses.asdict(sampled)
+    return EvaluationResult(files=files, settings=settings)
+
+
+def summarise(greedy: list[Group], sampled: list[Group]) -> FileResult:
+    """Figures of one file from its scored groups: one greedy answer each, and n sampled ones each (or no groups)."""
+    completions = [c for group in sampled or greedy for c in group.completions]
+    statuses = [score.status for group in [*greedy, *sampled] for score in group.scores]
+    return FileResult(
+        problems=len(greedy),
+        greedy=_mean([average_at_k(_verdicts(group)) for group in greedy]),
+        mean_length=_mean([len(c.token_ids) for c in completions]),
+        truncated_share=_mean([c.finish_reason == "length" for c in completions]),
+        unverified_share=_mean([status not in VERDICTS for status in statuses]),
+        **(_sampled_figures(sampled) if sampled else {}),
+    )
+
+
+def _sampled_figures(groups: list[Group]) -> dict[str, Any]:
+    samples = len(groups[0].completions)
+    verdicts = [_verdicts(group) for group in groups]
+    answers = [[score.answer for score in group.scores] for group in groups]
+    ks = ballot_sizes(samples)
+    return dict(
+        samples=samples,
+        average=_mean([average_at_k(verdict) for verdict in verdicts]),
+        pass_at={k: _mean([pass_at_k(samples, sum(verdict), k) for verdict in verdicts]) for k in ks},
+        majority_at={
+            k: _mean([majority_at_k(a, v, k) for a, v in zip(answers, verdicts, strict=True)]) for k in ks if k > 1
+        },
+    )
+
+
+def ballot_sizes(samples: int) -> list[int]:
+    """1, 2, 4, ... below the number of samples, and that number."""
+    return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+
+
+def evaluate_folder(model_folder: str | Path, config: RunConfig, world: distributed.Group = None) -> EvaluationResult:
+    """Evaluate a Hugging Face folder on config.evaluation.files, on the first GPU of this process or on the CPU.
+
+    Needs neither megatron nor a run: of `config` it uses data, rollout, rewards, evaluation, seed and model.dtype.
+
+    Raises:
+        ConfigError, ValueError: the folder or a file is missing or wrong, or problems exceed the model's positions.
+        VerifierError: the rewards' self-test fails.
+    """
+    require(bool(config.evaluation.files), "evaluation.files names no file to evaluate on")
+    require(config.rollout.kind == "local", "rollout.kind must be local for an evaluation; a replay cannot answer")
+    model = dataclasses.replace(config.model, path=str(model_folder))
+    tokenizer = load_tokenizer(model)
+    datasets = [
+        (
+            os.path.splitext(os.path.basename(path))[0],
+            load_problems((path,), config.data, tokenizer, config.evaluation.max_problems),
+        )
+        for path in config.evaluation.files
+    ]
+    rank_device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    with Scorer(config.rewards) as scorer:
+        scorer.self_test()
+        engine = load_local_engine(model, tokenizer, torch.device(rank_device), config.rollout.max_concurrent_sequences)
+        return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
+
+
+def _verdicts(group: Group) -> list[bool]:
+    return [score.correct is True for score in group.scores]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.1f}" if name == "length" else f"{100 * value:.1f} %"

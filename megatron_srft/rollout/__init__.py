@@ -1,0 +1,18 @@
+"""Completions from the current policy: engine protocol, the local and replay engines, sharing over ranks, parity."""
+
+from megatron_srft.rollout.build import build_engine, load_local_engine, load_tokenizer
+from megatron_srft.rollout.collect import collect
+from megatron_srft.rollout.dump import dump, dump_path, load_dump
+from megatron_srft.rollout.engine import Request, RolloutEngine
+
+__all__ = [
+    "Request",
+    "RolloutEngine",
+    "build_engine",
+    "collect",
+    "dump",
+    "dump_path",
+    "load_dump",
+    "load_local_engine",
+    "load_tokenizer",
+]

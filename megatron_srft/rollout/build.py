@@ -1,0 +1,66 @@
+"""Engines and tokenizers from a config and a Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_srft.config import ConfigError, ModelConfig, RunConfig
+from megatron_srft.rollout.cache import SLOT_ATTENTION
+from megatron_srft.rollout.engine import RolloutEngine
+from megatron_srft.rollout.local import LocalEngine
+from megatron_srft.rollout.replay import ReplayEngine
+
+
+def build_engine(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutEngine:
+    """The engine of `config.rollout`; it waits for its first `update_weights`.
+
+    Raises:
+        ValueError: the model's folder or the replay's folder is not there.
+    """
+    if config.rollout.kind == "replay":
+        return ReplayEngine(Path(config.rollout.folder))
+    folder = _model_folder(config.model)
+    trust = config.model.trust_remote_code
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=SLOT_ATTENTION,
+            trust_remote_code=trust,
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return LocalEngine(model, tokenizer, max_concurrent_sequences=config.rollout.max_concurrent_sequences)
+
+
+def load_local_engine(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, max_concurrent_sequences: int
+) -> LocalEngine:
+    """A local engine with the weights of the folder `config.path`, as policy version 0."""
+    model = AutoModelForCausalLM.from_pretrained(
+        _model_folder(config),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=SLOT_ATTENTION,
+        trust_remote_code=config.trust_remote_code,
+    )
+    engine = LocalEngine(model.to(device), tokenizer, max_concurrent_sequences=max_concurrent_sequences)
+    engine.policy_version = 0
+    return engine
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder. Raises ValueError when the folder has none."""
+    folder = _model_folder(config)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ConfigError(f"model.path {folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+
+
+def _model_folder(config: ModelConfig) -> Path:
+    # Checked here because transformers takes a path that is not there for a model name to download.
+    folder = Path(config.path)
+    if not config.path or not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path '{config.path}' must name a Hugging Face folder; there is no config.json in it")
+    return folder

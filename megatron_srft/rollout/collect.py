@@ -1,0 +1,80 @@
+"""One step's groups: prompts shared over all ranks, completions sampled, everything gathered on every rank."""
+
+from collections.abc import Callable
+
+from megatron_srft import distributed
+from megatron_srft.config import SamplingConfig
+from megatron_srft.rollout.engine import Request, RolloutEngine
+from megatron_srft.sample import Demonstration, Group, Prompt
+
+Score = Callable[[list[Group]], list[Group]]
+
+
+def collect(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    demonstrations: list[Demonstration | None],
+    n: int,
+    sampling: SamplingConfig,
+    seed: int,
+    step: int,
+    world: distributed.Group,
+    *,
+    score: Score | None = None,
+) -> list[Group]:
+    """Sample `n` completions of every prompt, each prompt on one rank of `world`.
+
+    Args:
+        prompts: the same list on every rank.
+        demonstrations: one (or None) per prompt, the same on every rank.
+        step: keys the random streams, with `seed`; the completions do not depend on the number of ranks.
+        score: called on this rank's own groups before they are gathered, for example `Scorer.score`.
+
+    Returns:
+        One group per prompt, in the order of `prompts`; the same list on every rank.
+    """
+    assert len(demonstrations) == len(prompts)
+    own = share(prompts, world)
+    requests = [Request(prompt=prompts[i], sample=s, seed=seed, step=step) for i in own for s in range(n)]
+    completions = engine.generate(requests, sampling) if requests else []
+    groups = [
+        Group(
+            prompt=prompts[i],
+            completions=tuple(completions[place * n : (place + 1) * n]),
+            demonstration=demonstrations[i],
+        )
+        for place, i in enumerate(own)
+    ]
+    if score is not None:
+        groups = score(groups)
+    return gather(dict(zip(own, groups, strict=True)), prompts, demonstrations, world)
+
+
+def share(prompts: list[Prompt], world: distributed.Group) -> list[int]:
+    """Indices of this rank's prompts: dealt out one by one from the longest to the shortest, back and forth."""
+    ranks, rank = distributed.size(world), distributed.rank(world)
+    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
+    rounds = [by_length[start : start + ranks] for start in range(0, len(by_length), ranks)]
+    dealt = [(deal if number % 2 == 0 else deal[::-1]) for number, deal in enumerate(rounds)]
+    if dealt and len(dealt[-1]) < ranks:
+        dealt[-1] = sorted(dealt[-1])
+    return sorted(deal[rank] for deal in dealt if rank < len(deal))
+
+
+def gather(
+    own: dict[int, Group], prompts: list[Prompt], demonstrations: list[Demonstration | None], world: distributed.Group
+) -> list[Group]:
+    """All ranks' groups in prompt order. Prompts and demonstrations stay where they are; only the rest travels."""
+    sampled = {i: (group.completions, group.scores, group.demonstration_score) for i, group in own.items()}
+    everyone = {i: parts for rank in distributed.all_gather_objects(sampled, world) for i, parts in rank.items()}
+    assert len(everyone) == len(prompts)
+    return [
+        Group(
+            prompt=prompts[i],
+            completions=everyone[i][0],
+            demonstration=demonstrations[i],
+            scores=everyone[i][1],
+            demonstration_score=everyone[i][2],
+        )
+        for i in range(len(prompts))
+    ]

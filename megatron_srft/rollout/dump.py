@@ -1,0 +1,83 @@
+"""Rollouts on disk: one zstd-compressed JSON line per group, complete enough to train on again or to read by eye.
+
+zstd -dc runs/first/rollouts/step-000010.jsonl.zst | head -1 | python -m json.tool
+"""
+
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from megatron_srft.sample import Completion, Demonstration, Group, Prompt, Score
+
+
+def dump_path(folder: Path, step: int) -> Path:
+    """Where the rollouts of `step` are kept in a folder."""
+    return folder / f"step-{step:06d}.jsonl.zst"
+
+
+def dump(groups: list[Group], path: Path) -> None:
+    """Write groups, with whatever scores they have; the file appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(_plain(group), ensure_ascii=False) + "\n" for group in groups)
+    partial = path.with_name(path.name + ".partial")
+    data = lines.encode()
+    partial.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+    os.replace(partial, path)
+
+
+def load_dump(path: Path) -> list[Group]:
+    """Read what `dump` wrote, log-probs bit for bit.
+
+    Raises:
+        ValueError: the file is damaged or is no dump; the message names file and line.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".zst":
+            data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+        lines = data.decode().splitlines()
+    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the rollouts in {path}: {error}") from None
+    groups = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            groups.append(_group(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a dumped group ({error!r}); write the dump again") from None
+    return groups
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _group(tree: dict[str, Any]) -> Group:
+    demonstration, scores = tree["demonstration"], tree["scores"]
+    score_of_demonstration = tree["demonstration_score"]
+    demonstrations = tuple(_demonstration(d) for d in tree["prompt"]["demonstrations"])
+    return Group(
+        prompt=Prompt(**_with_arrays(tree["prompt"]) | {"demonstrations": demonstrations}),
+        completions=tuple(Completion(**_with_arrays(c)) for c in tree["completions"]),
+        demonstration=None if demonstration is None else _demonstration(demonstration),
+        scores=None if scores is None else tuple(Score(**s) for s in scores),
+        demonstration_score=None if score_of_demonstration is None else Score(**score_of_demonstration),
+    )
+
+
+def _demonstration(tree: dict[str, Any]) -> Demonstration:
+    return Demonstration(**_with_arrays(tree))
+
+
+def _with_arrays(tree: dict[str, Any]) -> dict[str, Any]:
+    types = {"token_ids": np.int32, "rollout_logprobs": np.float32}
+    return {key: np.array(value, types[key]) if key in types else value for key, value in tree.items()}

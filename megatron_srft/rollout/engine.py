@@ -1,0 +1,48 @@
+"""The rollout engine protocol: what the loop and the evaluation ask of anything that samples completions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_srft.config import SamplingConfig
+from megatron_srft.sample import Completion, Prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to sample.
+
+    Example: prompt=Prompt(id="train/17", ...), sample=3, seed=0, step=12 is the fourth completion of that prompt in
+    step 12 of a run with seed 0; asked again, of any engine state with the same weights, it is the same completion.
+    """
+
+    prompt: Prompt
+
+    sample: int
+    """Number of the completion within its group, from 0."""
+
+    seed: int
+    """The run's seed."""
+
+    step: int = 0
+    """The training step, or for an evaluation the step after which it runs."""
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the newest weights it was given."""
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
+        """Take over a full set of weights under their Hugging Face names.
+
+        Raises:
+            ValueError: a name is unknown or missing, or a tensor has another shape than the model's.
+        """
+
+    def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
+        """One completion per request, in the order of the requests.
+
+        Raises:
+            ValueError: a request cannot be served (prompt and response exceed the model's positions, for example).
+        """

@@ -1,0 +1,66 @@
+"""An engine that samples nothing: it returns the dumped completions of the same step of an earlier run."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_srft.config import SamplingConfig
+from megatron_srft.rollout.dump import dump_path, load_dump
+from megatron_srft.rollout.engine import Request
+from megatron_srft.sample import Completion, Group
+
+
+class ReplayEngine:
+    """Reads `step-*.jsonl.zst` or `.jsonl` from a folder. Completions keep the policy version that sampled them."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise ValueError(f"rollout.folder {folder} does not exist; name a folder with dumped rollouts")
+        self.folder = folder
+        self.step: int | None = None
+        self.groups: dict[str, Group] = {}
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
+        """Nothing to do: the weights are not even gathered, on any rank."""
+
+    def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
+        """The dumped completions.
+
+        Raises:
+            ValueError: the step, a prompt or a sample is not in the dump, or a prompt has other tokens there.
+        """
+        asked = Counter((request.step, request.prompt.id) for request in requests)
+        return [self._find(request, asked[request.step, request.prompt.id]) for request in requests]
+
+    def _find(self, request: Request, n: int) -> Completion:
+        if request.step != self.step:
+            path = self._path(request.step)
+            self.groups = {group.prompt.id: group for group in load_dump(path)}
+            self.step = request.step
+        prompt, where = request.prompt, f"step {request.step} of {self.folder}"
+        if prompt.id not in self.groups:
+            raise ValueError(
+                f"prompt {prompt.id} is not in {where}; a replay needs the seed, the data files and the batch of the "
+                "run that dumped it, and cannot evaluate (set evaluation.files to [])"
+            )
+        group = self.groups[prompt.id]
+        if not np.array_equal(group.prompt.token_ids, prompt.token_ids):
+            raise ValueError(f"prompt {prompt.id} has other tokens in {where}; tokenizer or template have changed")
+        if n != len(group.completions):
+            raise ValueError(
+                f"prompt {prompt.id} has {len(group.completions)} completions in {where}, this run asks for {n}; "
+                f"set batch.rollouts_per_prompt to {len(group.completions)}"
+            )
+        return group.completions[request.sample]
+
+    def _path(self, step: int) -> Path:
+        packed = dump_path(self.folder, step)
+        for path in (packed, packed.with_suffix("")):
+            if path.is_file():
+                return path
+        found = sorted(path.name for path in self.folder.glob("step-*.jsonl*"))
+        listing = f"it has {found[0]} .. {found[-1]}" if found else "it has no rollout files"
+        raise ValueError(f"{self.folder} has no rollouts of step {step} ({packed.name}): {listing}")
