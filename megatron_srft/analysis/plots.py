@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from megatron_srft.analysis.runs import Series
@@ -151,8 +152,6 @@ def running_mean(values: list[float], width: int) -> list[float]:
 
 def _adopt_page_style(svg: str, label: str) -> str:
     """Cut what only a stand-alone SVG needs, and replace the stand-in colours and fonts by the page's."""
-    from html import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
@@ -160,8 +159,8 @@ def _adopt_page_style(svg: str, label: str) -> str:
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib|FillBetween)[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escape(label)}">',
-                 svg, count=1)  # fmt: skip
+    view = re.search(r'viewBox="([^"]*)"', svg)[1]
+    svg = f'<svg viewBox="{view}" role="img" aria-label="{escape(label)}">' + svg[svg.index(">") + 1 :]
     variables = {INK: "var(--muted)", GRID: "var(--line)"}
     variables |= {colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)}
     return re.sub("|".join(variables), lambda match: variables[match[0]], svg)

@@ -102,7 +102,9 @@ class TerminalProgress:
         self._print(text, style="cyan", overflow="fold")
 
     def _print(self, text: str, style: str = "", overflow: str = "crop") -> None:
-        self._console.print(text, style=style, markup=False, no_wrap=overflow == "crop", overflow=overflow)
+        from rich.text import Text
+
+        self._console.print(Text(text, style=style, no_wrap=overflow == "crop", overflow=overflow))
 
     def close(self) -> None:
         self._progress.stop()
