@@ -8,6 +8,7 @@ megatron. Outside megatron only functions of `torch.cuda` change, which no other
 import contextlib
 import importlib
 import sys
+import warnings
 
 import torch
 
@@ -39,13 +40,29 @@ _installed = False
 def install() -> None:
     """Make megatron.core run on this machine; a no-op with CUDA and from the second call on."""
     global _installed
+    # doctor says what is installed; a dozen warnings at every start would only hide other messages.
+    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed. Falling back"):
+        warnings.filterwarnings("ignore", message=message)
     if _installed or torch.cuda.is_available():
         return
     _installed = True
     _patch_devices_and_streams()
     _patch_random_state()
     _patch_tensors()
-    _patch_megatron()
+    with _without_compilation():
+        _patch_megatron()
+
+
+@contextlib.contextmanager
+def _without_compilation():
+    """megatron decorates small fused functions with torch.compile while it is imported. The trainer calls none of them
+    on the CPU, and there the decorator alone takes seconds of imports, and a call would need a C++ compiler."""
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda f: f)
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 class _Stream:
