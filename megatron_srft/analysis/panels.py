@@ -100,7 +100,12 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             note="Same tokens, same weights, two implementations. mismatch: the largest difference.",
         ),
         PanelPlan(title="Corrected tokens", unit="share of tokens", keys=("mismatch/corrected_share",)),
-        PanelPlan(title="Parity gate", unit="nats", keys=("parity/mean", "parity/max"), kind="log"),
+        PanelPlan(
+            title="Parity gate",
+            unit="nats",
+            keys=("parity/mean_difference", "parity/max_difference", "parity/kl"),
+            kind="log",
+        ),
         PanelPlan(title="Parity gate: importance ratio", unit="ratio", keys=("parity/",)),
     ),
     "Optimizer": (

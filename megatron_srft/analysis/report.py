@@ -56,7 +56,8 @@ def headline(run: Run) -> str:
     cards = []
     for file, metrics in run.evaluations().items():
         metric, series = next(iter(metrics.items()))
-        cards.append(card(change(series), f"{metric} on {file}", series[-1][1] - series[0][1]))
+        name = "greedy accuracy" if metric == "greedy" else metric
+        cards.append(card(change(series), f"{name} on {file}", series[-1][1] - series[0][1]))
     rollouts = run.series("accuracy")
     if rollouts and len(cards) < 3:
         cards.append(card(change(rollouts), "accuracy of training rollouts", rollouts[-1][1] - rollouts[0][1]))

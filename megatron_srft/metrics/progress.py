@@ -40,9 +40,13 @@ def stage_times(values: Mapping[str, float | None]) -> str:
 
 
 def evaluation_text(values: Mapping[str, float | None]) -> str:
-    """'heldout.jsonl accuracy 0.931, ...' of the eval/ keys, or ''."""
-    shown = [(key.removeprefix("eval/").rpartition("/"), v) for key, v in values.items() if key.startswith("eval/")]
-    return ", ".join(f"{file} {metric} {_number(value, '.4g')}" for (file, _, metric), value in shown)
+    """'heldout greedy 0.931 length 20.5; harder greedy 0.1 length 31' of the eval/ keys, or ''."""
+    files: dict[str, str] = {}
+    for key, value in values.items():
+        if key.startswith("eval/"):
+            file, _, metric = key.removeprefix("eval/").rpartition("/")
+            files[file] = f"{files.get(file, file)} {metric} {_number(value, '.4g')}"
+    return "; ".join(files.values())
 
 
 class PlainProgress:

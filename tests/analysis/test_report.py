@@ -85,7 +85,8 @@ def full_step(step: int) -> dict[str, float]:
         "groups/without_signal", "entropy/rollouts", "entropy/demonstrations", "weight/rl", "weight/sft", "weight_sft",
         "loss", "loss/sft", "loss/rl_positive", "nll/rollouts", "response_length/mean", "truncated_share",
         "clip_fraction/low", "clip_fraction/high", "ratio/mean", "ratio", "kl/k1", "kl/k3", "mismatch/mean", "mismatch",
-        "parity/mean", "parity/max", "parity/ratio_p99", "grad_norm", "lr", "time/generate", "time/train", "tokens/s",
+        "parity/mean_difference", "parity/max_difference", "parity/ratio_p99", "grad_norm", "lr", "time/generate",
+        "time/train", "tokens/s",
         "invented/figure", "$\\frac{",
     ]  # fmt: skip
     return {key: (number + 1) / (step + 2) for number, key in enumerate(keys)} | {"time/step": 100.0}
@@ -103,12 +104,12 @@ def full_run(tmp_path_factory):
     with open_sink(folder, config) as sink:
         for step in range(4):
             if step in (0, 2):
-                values = {"eval/a<b>/length": 7.0, "eval/a<b>/accuracy": 0.0625 + step / 4}
+                values = {"eval/a<b>/length": 7.0, "eval/a<b>/greedy": 0.0625 + step / 4}
                 sink.log(step, values, "srft")
             accounting = {"accounting/timeout": [0, 3, 5, 1][step], "accounting/crash": 0}
             sink.log(step, {**full_step(step), **accounting, "ranks": 4}, "srft")
             log_samples(folder, step, [attacked_group()], 2)
-        sink.log(4, {"eval/a<b>/length": 6.0, "eval/a<b>/accuracy": 0.9375}, "srft")
+        sink.log(4, {"eval/a<b>/length": 6.0, "eval/a<b>/greedy": 0.9375}, "srft")
     return folder
 
 
@@ -133,14 +134,14 @@ def test_every_metric_of_a_step_is_in_the_report(full_page):
 
 def test_headline_names_method_layout_and_accuracy_before_and_after(full_page):
     for text in (
-        "full", "srft (srft-paper) on models/tiny", "6.2% \N{RIGHTWARDS ARROW} 93.8%", "accuracy on a<b>",
+        "full", "srft (srft-paper) on models/tiny", "6.2% \N{RIGHTWARDS ARROW} 93.8%", "greedy accuracy on a<b>",
         "all 4 steps finished", "tensor 2, pipeline 1, data 2 (4 ranks)", "6 min 40 s",
     ):  # fmt: skip
         assert text in full_page.words, text
 
 
 def test_evaluation_and_accounting_tables_hold_the_right_figures(full_page):
-    assert "a<b> accuracy 0.0625 0.9375 +0.875 0 \N{RIGHTWARDS ARROW} 4" in full_page.words
+    assert "a<b> greedy 0.0625 0.9375 +0.875 0 \N{RIGHTWARDS ARROW} 4" in full_page.words
     assert "a<b> length 7 6 -1 0 \N{RIGHTWARDS ARROW} 4" in full_page.words
     assert "timeout 9 5 (step 2) 3 of 4" in full_page.words
     assert "crash 0 0 0 of 4" in full_page.words
@@ -200,7 +201,7 @@ def test_stage_boundaries_are_marked_and_both_stages_named(tmp_path):
 def test_a_metric_that_was_never_finite_is_no_plot_and_no_error(tmp_path):
     config = write_config(tmp_path / "nan")
     with open_sink(tmp_path / "nan", config) as sink:
-        sink.log(0, {"loss": float("nan"), "grad_norm": 1.0, "eval/a/accuracy": float("inf")}, "srft")
+        sink.log(0, {"loss": float("nan"), "grad_norm": 1.0, "eval/a/greedy": float("inf")}, "srft")
     words = Page(write_report(tmp_path / "nan").read_text()).words
     assert "nonfinite metrics 2 2 (step 0) 1 of 1" in words
 

@@ -27,7 +27,7 @@ STEP = {
 
 def log_three_steps(folder, stream):
     with MetricSink(folder, LoggingConfig(), total_steps=4, start_step=1, stream=stream) as sink:
-        sink.log(1, {"eval/heldout.jsonl/accuracy": 0.0625}, "srft")
+        sink.log(1, {"eval/heldout/greedy": 0.0625, "eval/heldout/length": 20.5, "eval/hard/greedy": 0.0}, "srft")
         for step in (1, 2, 3):
             sink.log(step, STEP, "srft")
 
@@ -36,7 +36,7 @@ def test_a_stream_that_is_no_terminal_gets_one_plain_line_per_step(tmp_path):
     stream = io.StringIO()
     log_three_steps(tmp_path, stream)
     evaluation, *steps = stream.getvalue().splitlines()
-    assert evaluation == "evaluation after 1/4 steps: heldout.jsonl accuracy 0.0625"
+    assert evaluation == "evaluation after 1/4 steps: heldout greedy 0.0625 length 20.5; hard greedy 0"
     assert len(steps) == 3 and "\x1b" not in stream.getvalue()
     assert re.fullmatch(
         r"step 3/4  srft  reward 0\.520  accuracy 51\.2%  entropy r/d 0\.310/0\.420  loss 0\.2500  length 34\.1  "

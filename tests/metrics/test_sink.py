@@ -123,12 +123,9 @@ def test_tensorboard_events_hold_the_same_numbers_and_a_resume_replaces_repeated
 def test_a_missing_package_is_named_with_key_and_command_before_anything_is_written(
     tmp_path, monkeypatch, key, package
 ):
-    hidden = [p for p in sys.path if "site-packages" not in p]
-    monkeypatch.setattr(sys, "path", hidden)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if "site-packages" not in p)])
     monkeypatch.delitem(sys.modules, package, raising=False)
-    (tmp_path / "wandb").mkdir()  # what an earlier W&B run leaves must not pass for the package
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / package).mkdir()  # what W&B leaves in a working directory must not pass for the package
     config = dataclasses.replace(LoggingConfig(), **{key: "demo" if key == "wandb_project" else True})
     with pytest.raises(ValueError, match=rf"logging\.{key} .*`pip install {package}`"):
         open_sink(tmp_path / "run", config)
@@ -136,7 +133,7 @@ def test_a_missing_package_is_named_with_key_and_command_before_anything_is_writ
 
 
 def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb").setup  # noqa: B018  (a leftover folder of that name has no such attribute)
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = []
     for first in (0, 1):
