@@ -358,6 +358,18 @@ class AdvantageConfig:
     """Added to the standard deviation; a group with equal rewards gets advantage 0 whatever this is."""
 
 
+def _require_positive(objective: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(objective, name)
+        require(value is None or value > 0, f"objective.{name} must be above 0, got {value}")
+
+
+def _require_clips(objective: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(objective, name)
+        require(value is None or value >= 0, f"objective.{name} must not be negative, got {value}")
+
+
 @section
 class SftConfig:
     kind: Literal["sft"] = "sft"
@@ -367,6 +379,9 @@ class SftConfig:
 
     constant_length: int | None = None
     """Tokens per sequence for the constant denominator. null: data.max_demonstration_tokens."""
+
+    def __post_init__(self):
+        _require_positive(self, "constant_length")
 
 
 @section
@@ -394,6 +409,13 @@ class GrpoConfig:
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus, subtracted from the loss."""
 
+    def __post_init__(self):
+        _require_positive(self, "constant_length")
+        _require_clips(self, "clip_low", "clip_high")
+        require(
+            self.dual_clip is None or self.dual_clip > 1, "objective.dual_clip must be above 1; null switches it off"
+        )
+
 
 @section
 class LuffyConfig:
@@ -416,6 +438,10 @@ class LuffyConfig:
 
     entropy_coefficient: float = 0.001
     """Weight of the entropy bonus over both populations (paper 0.01, released script 0.001)."""
+
+    def __post_init__(self):
+        _require_positive(self, "constant_length", "gamma")
+        _require_clips(self, "clip")
 
 
 @section
@@ -476,6 +502,10 @@ class SrftConfig:
 
     constant_length: int | None = None
     """Tokens per sequence for the constant denominator. null: rollout.max_response_tokens."""
+
+    def __post_init__(self):
+        _require_positive(self, "constant_length", "gamma", "exponent_limit")
+        _require_clips(self, "clip_low", "clip_high")
 
 
 ObjectiveConfig = Annotated[SftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")]
