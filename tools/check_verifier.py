@@ -5,8 +5,10 @@ r"""Run the math verifier over the reference answers of your own data, before yo
 
 Every reference is put into two responses that must be right, "... \boxed{X}" and "So the final answer is X.", and a
 changed reference into two that must be wrong: an integer plus 1, a decimal 1 % larger, another letter, "not" before
-words, the last integer of a formula plus 1 (or "+1" behind it). Demonstrations, where a row has one, are verified as
-they are. Exit status 1 when, in some file, fewer than --minimum of the boxed references are recognised.
+words, the last integer of a formula plus 1 (or "+1" behind it); `accepted` counts those that pass in spite of it.
+`symbolic` counts the references that equal themselves as mathematics too, without the comparison as text, which is
+what a right answer in another spelling needs (words never do). Demonstrations, where a row has one, are
+verified as they are. Exit status 1 when, in some file, fewer than --minimum of the boxed references are recognised.
 """
 
 import argparse
@@ -21,7 +23,18 @@ from megatron_srft.config import MathRewardConfig
 from megatron_srft.rewards import answers
 from megatron_srft.rewards.math import MathVerifier
 
-COLUMNS = ("total", "boxed", "sentence", "accepted", "unverifiable", "failed", "demos", "demos_ok", "seconds")
+COLUMNS = (
+    "total",
+    "boxed",
+    "sentence",
+    "symbolic",
+    "accepted",
+    "unverifiable",
+    "failed",
+    "demos",
+    "demos_ok",
+    "seconds",
+)
 
 
 def perturbed(reference: str) -> str:
@@ -39,14 +52,14 @@ def perturbed(reference: str) -> str:
         return f"{float(value) * 1.01:.6g}"
     integers = list(re.finditer(r"\d+", text))
     if not integers:
-        return f"{text.rstrip('$. ')}+1"
+        return f"{text.strip('$. ')}+1"
     last = integers[-1]
     return text[: last.start()] + str(int(last.group()) + 1) + text[last.end() :]
 
 
 def check(path: str, verifier: MathVerifier, answer_key: str) -> tuple[Counter, list[str]]:
     """The counts of one file, and a line for every reference that did not behave."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     references = [str(row[answer_key]) for row in rows]
     changed = [perturbed(reference) for reference in references]
     boxed, sentence = "We add the parts up and get $\\boxed{{{}}}$", "So the final answer is {}."
@@ -57,10 +70,11 @@ def check(path: str, verifier: MathVerifier, answer_key: str) -> tuple[Counter, 
 
     right_boxed, right_sentence = verdicts(boxed, references, references), verdicts(sentence, references, references)
     wrong_boxed, wrong_sentence = verdicts(boxed, changed, references), verdicts(sentence, changed, references)
+    symbolic = verifier.pool.judge([(reference, "", reference) for reference in references])
     shown = [(row["demonstration"], str(row[answer_key])) for row in rows if row.get("demonstration")]
     demonstrations = verdicts("{}", [text for text, _ in shown], [reference for _, reference in shown])
 
-    counts, residue = Counter(total=len(rows)), []
+    counts, residue = Counter(total=len(rows), symbolic=sum(v.correct is True for v in symbolic)), []
     for reference, change, *columns in zip(
         references, changed, right_boxed, right_sentence, wrong_boxed, wrong_sentence, strict=True
     ):

@@ -49,8 +49,21 @@ STATEMENT = re.compile(
 )
 SENTENCE_END = re.compile(r"\.(?=\s|\**$)|</answer>|\n|\bI hope\b")
 LIST_JOINT = re.compile(r"[\s$]*(?:,|and|,\s*and|or|&)[\s$]*")
-CLOSING_LETTER = re.compile(r"\(([A-J])\)[\s.*$]*$")
 LETTER = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(([A-J])\)|([A-J])(?:[).:,]|$))", re.IGNORECASE)
+LETTER_STATEMENT = re.compile(
+    r"""(?i:\b(?:ans|answer|option|choice)\b) [\s:.,*_$>-]*+ (?i:(?:is|are|(?:will|would|must)\ be)\b)?
+        [\s:.,*_$({>-]*+ (?i:(?:option|choice|answer)\b)? [\s:*_$({]*+ (?:\\text\w*+\{\(?)?
+        ([A-J]) (?= \s{0,9}(?:[).:,;*_$}\]]|\n|\Z) | \s{1,9}(?:because|since|as|is)\b )
+      | (?:^|[\s(*$]) ([A-J]) [)*$.]{0,4} \s{1,9} is \s{1,9} (?:the\s{1,9})? (?:correct|right|best|answer)
+      | [(>] ([A-J]) \)? [\s.*$]{0,9} \Z
+      | (?:^|\n) [\s*$]{0,9} ([A-J]) [\s.*$)]{0,9} \Z
+    """,
+    re.VERBOSE,
+)
+"""Bounded and possessive repeats: a response of a thousand spaces must not cost a thousand squared steps."""
+
+MAX_BOXES = 50
+"""Boxes looked at from the end of a response."""
 
 
 def final_answer(response: str) -> str | None:
@@ -61,18 +74,19 @@ def final_answer(response: str) -> str | None:
 
 def last_boxed(response: str) -> str | None:
     r"""The content of the last complete, non-empty \boxed{...}; neighbours joined by a comma or 'and' come along."""
-    end, contents = len(response), []
-    start = _last_box_start(response, end)
-    while start >= 0:
-        content, after = _braced(response, start)
-        if contents and not LIST_JOINT.fullmatch(response[after:end]):
+    end = start = len(response)
+    contents = []
+    for _ in range(MAX_BOXES):
+        start = _last_box_start(response, start)
+        if start < 0:
             break
-        if content is not None and content.strip():
+        content, after = _braced(response, start)
+        found = content is not None and content.strip()
+        if contents and not (found and LIST_JOINT.fullmatch(response, after, end)):
+            break
+        if found:
             contents.insert(0, content.strip())
             end = start
-        elif contents:
-            break
-        start = _last_box_start(response, start)
     return ", ".join(dict.fromkeys(contents)) if contents else None
 
 
@@ -98,7 +112,7 @@ def last_statement(response: str) -> str | None:
         return None
     rest = tail[ends[-1] :]
     end = SENTENCE_END.search(rest)
-    return rest[: end.start() if end else None].strip(" \t*_`.:") or None
+    return rest[: end.start() if end else None].rstrip(" \t*_`.:").lstrip(" \t*_`:") or None
 
 
 def last_line(response: str) -> str:
@@ -202,10 +216,18 @@ def letter(answer: str) -> str | None:
     return (match.group(1) or match.group(2)).upper() if match else None
 
 
-def closing_letter(response: str) -> str | None:
-    """The letter in '... (C).' at the very end of a response."""
-    match = CLOSING_LETTER.search(response[-20:])
-    return match.group(1) if match else None
+def chosen_letter(response: str) -> str | None:
+    """The letter a response chooses: its box, else the last 'answer is C', 'option: C', '(C) is correct' or final 'C'.
+
+    Without a letter the box or statement is returned as it is: an answer, but not one of the choices.
+    """
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return letter(boxed) or boxed
+    found = [match for match in LETTER_STATEMENT.finditer(response[-STATEMENT_WINDOW:])]
+    if found:
+        return next(group for group in found[-1].groups() if group)
+    return last_statement(response)
 
 
 def decide(answer: str, reference: str) -> bool | None:

@@ -40,9 +40,7 @@ class MathVerifier:
         if reference is None or not answers.normal(reference):
             return Verdict(correct=None, status="unverifiable")
         text = after_marker(response, self.config.answer_after)
-        answer = answers.final_answer(text) if text is not None else None
-        if answer is None and text is not None and not truncated:
-            answer = _bare_answer(text, reference)
+        answer = _find_answer(text, reference, truncated) if text is not None else None
         if answer is None:
             return _without_answer(text, reference, truncated)
         correct = answers.decide(answer, reference)
@@ -59,12 +57,15 @@ def after_marker(response: str, marker: str) -> str | None:
     return text if found else None
 
 
-def _bare_answer(text: str, reference: str) -> str | None:
-    """The last line, or the closing letter, when it is the reference: too little to go by for anything but a match."""
-    line = answers.last_line(text)
-    if len(line) <= answers.MAX_ANSWER_CHARACTERS and answers.decide(line, reference):
-        return line
-    return answers.closing_letter(text) if answers.is_letter(answers.normal(reference)) else None
+def _find_answer(text: str, reference: str, truncated: bool) -> str | None:
+    """The stated answer, else the last line when it is the reference: too little to go by for anything but a match."""
+    if answers.is_letter(answers.normal(reference)):
+        return answers.chosen_letter(text)
+    answer = answers.final_answer(text)
+    if answer is None and not truncated:
+        line = answers.last_line(text)
+        return line if len(line) <= answers.MAX_ANSWER_CHARACTERS and answers.decide(line, reference) else None
+    return answer
 
 
 def _without_answer(text: str | None, reference: str, truncated: bool) -> Verdict | Job:
