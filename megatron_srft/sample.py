@@ -110,6 +110,9 @@ class Score:
     """verified: a verdict was reached. no_answer: nothing to extract from the response (counts as wrong).
     unverifiable: the reference answer cannot be parsed. timeout, crash: the verifier failed."""
 
+    answer: str | None = None
+    """The final answer found in the text, in canonical form ("1/2" for \\frac{1}{2}); what majority@k counts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Group:
