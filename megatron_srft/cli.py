@@ -65,6 +65,28 @@ def train(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return errors.run(body, debug=options.debug)
 
 
+def convert(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Hugging Face folder to checkpoint, or checkpoint (RUN/checkpoints/step-NNNNNN) to Hugging Face folder."""
+    parser.add_argument("source", type=Path, help="Hugging Face folder or checkpoint")
+    parser.add_argument("target", type=Path, help="Hugging Face folder to write, or run folder to make")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size, for models too large for one rank")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size, likewise (under torchrun)")
+    options = parser.parse_args(arguments)
+
+    def body() -> int:
+        from megatron_srft.config import ParallelConfig
+        from megatron_srft.convert import convert
+
+        layout = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
+        written = convert(options.source, options.target, layout, options.model)
+        if errors.launched_rank() == 0:
+            print(written)
+        return 0
+
+    return errors.run(body, debug=options.debug)
+
+
 def report(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Write report.html into a run folder, finished or in progress."""
     parser.add_argument("run", type=Path, help="run folder, for example runs/arithmetic")
@@ -93,6 +115,7 @@ def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "train": train,
+    "convert": convert,
     "report": report,
     "doctor": doctor,
 }

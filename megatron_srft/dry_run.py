@@ -1,18 +1,19 @@
 """`megatron-srft train CONFIG --dry-run`: what can be wrong before the model is built, and what the run comes to."""
 
-import json
 import os
-from pathlib import Path
 
 from megatron_srft import layout
-from megatron_srft.config import ConfigError, RunConfig
+from megatron_srft.config import RunConfig
 from megatron_srft.data import load_dataset, load_problems
 from megatron_srft.layout import Memory
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import load_tokenizer
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
+from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.parallel import check_world_size
 from megatron_srft.weights.architecture import Architecture, read_architecture
+from megatron_srft.weights.folder import HfFolder
+from megatron_srft.weights.streaming import check_names
 
 
 def main(path: str, config: RunConfig, ranks: int | None) -> int:
@@ -27,7 +28,7 @@ def main(path: str, config: RunConfig, ranks: int | None) -> int:
     """
     world_size = ranks or int(os.environ.get("WORLD_SIZE", layout.smallest_world(config)))
     check_world_size(config.parallel, world_size)
-    model = read_architecture(read_config(config.model.path))
+    model = read_model(config)
     stages = config.stage_configs()
     for _, stage in stages:
         transformer_config(model, stage)
@@ -42,17 +43,12 @@ def main(path: str, config: RunConfig, ranks: int | None) -> int:
     return 0
 
 
-def read_config(folder: str) -> dict:
-    """config.json of a Hugging Face folder."""
-    if not folder:
-        raise ConfigError("model.path is empty; it must name a Hugging Face folder")
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"model.path: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"model.path: {path} is not JSON: {error}") from None
+def read_model(config: RunConfig) -> Architecture:
+    """The model's sizes, after checking that its folder holds every tensor they promise."""
+    folder = HfFolder(config.model.path)
+    model = read_architecture(read_hf_config(config.model.path, config.model.trust_remote_code))
+    check_names(folder.shapes(), model, str(folder.path))
+    return model
 
 
 # ---------------------------------------------------------------- printing

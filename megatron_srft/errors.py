@@ -49,7 +49,7 @@ def run(body: Callable[[], int], *, debug: bool = False) -> int:
 def exit_status(error: Exception) -> int | None:
     """1 or 2 when the error's message is meant for the user (see the module docstring), else None."""
     if isinstance(error, OSError):
-        return 2 if error.errno in FILE_ERRORS else None
+        return 2 if error.errno in FILE_ERRORS or _raised_here(error) else None
     ours = _belongs_here(type(error).__module__)
     if isinstance(error, ValueError):
         return 2 if ours or _raised_here(error) else None
@@ -90,9 +90,14 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
+def launched_rank() -> int:
+    """This process's number in the run, as torchrun or srun has set it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def tell(error: Exception) -> None:
     """Print the sentence once per run: by rank 0, and by another rank only when rank 0 has not failed too."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     prefix = "error: "
     if rank > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler would make the launcher wait for us
