@@ -31,7 +31,7 @@ VERDICTS = ("verified", "no_answer")
 class FileResult:
     """Accuracies of one file, each the mean over its problems.
 
-    Example: problems=200, greedy=0.41, average=0.38, pass_at={1: 0.38, 2: 0.51, 4: 0.63}, majority_at={2: 0.38, 4: 0.45}.
+    Example: problems=200, greedy=0.41, samples=2, average=0.38, pass_at={1: 0.38, 2: 0.51}, majority_at={2: 0.38}.
     """
 
     problems: int
@@ -67,6 +67,8 @@ class EvaluationResult:
     files: dict[str, FileResult]
     settings: dict[str, Any]
     """How the answers were made: samples, temperature, top_p, max_response_tokens, stop, seed."""
+    greedy_answers: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    """For each file, in its order: id, prompt and greedy response of each problem."""
 
     def metrics(self) -> dict[str, float]:
         """eval/<file>/<figure>, for the metric sink."""
@@ -109,23 +111,29 @@ def evaluate(
         sampling: gives the length limit and the stop strings; temperature and top_p come from `config`.
         world: shares the problems; every rank returns the same result.
     """
+    names = [name for name, _ in datasets]
+    require(len(set(names)) == len(names), f"evaluation.files: two files are called {names}; rename one")
     greedy = SamplingConfig(temperature=0.0, max_response_tokens=sampling.max_response_tokens, stop=sampling.stop)
     sampled = dataclasses.replace(greedy, temperature=config.temperature, top_p=config.top_p)
-    files = {}
+    files, greedy_answers = {}, {}
     for name, dataset in datasets:
         prompts = list(dataset.prompts[: config.max_problems or None])
-
-        def answer(n: int, how: SamplingConfig, prompts: list = prompts) -> list[Group]:
-            nothing = [None] * len(prompts)
-            return collect(engine, prompts, nothing, n, how, seed, 0, world, score=scorer.score)
-
-        files[name] = summarise(answer(1, greedy), answer(config.samples, sampled) if config.temperature else [])
+        passes = [(1, greedy), (config.samples, sampled)] if config.temperature else [(1, greedy)]
+        answers = [
+            collect(engine, prompts, [None] * len(prompts), n, how, seed, 0, world, score=scorer.score)
+            for n, how in passes
+        ]
+        files[name] = summarise(*answers)
+        greedy_answers[name] = [
+            {"id": group.prompt.id, "prompt": group.prompt.text, "response": group.completions[0].text}
+            for group in answers[0]
+        ]
     settings = {"samples": config.samples, "seed": seed} | dataclasses.asdict(sampled)
-    return EvaluationResult(files=files, settings=settings)
+    return EvaluationResult(files=files, settings=settings, greedy_answers=greedy_answers)
 
 
-def summarise(greedy: list[Group], sampled: list[Group]) -> FileResult:
-    """Figures of one file from its scored groups: one greedy answer each, and n sampled ones each (or no groups)."""
+def summarise(greedy: list[Group], sampled: Sequence[Group] = ()) -> FileResult:
+    """Figures of one file from its scored groups: one greedy answer each, and n sampled ones each (or none)."""
     completions = [c for group in sampled or greedy for c in group.completions]
     statuses = [score.status for group in [*greedy, *sampled] for score in group.scores]
     return FileResult(
@@ -138,7 +146,7 @@ def summarise(greedy: list[Group], sampled: list[Group]) -> FileResult:
     )
 
 
-def _sampled_figures(groups: list[Group]) -> dict[str, Any]:
+def _sampled_figures(groups: Sequence[Group]) -> dict[str, Any]:
     samples = len(groups[0].completions)
     verdicts = [_verdicts(group) for group in groups]
     answers = [[score.answer for score in group.scores] for group in groups]
@@ -173,15 +181,15 @@ def evaluate_folder(model_folder: str | Path, config: RunConfig, world: distribu
     tokenizer = load_tokenizer(model)
     datasets = [
         (
-            os.path.splitext(os.path.basename(path))[0],
+            Path(path).stem,
             load_problems((path,), config.data, tokenizer, config.evaluation.max_problems),
         )
         for path in config.evaluation.files
     ]
-    rank_device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     with Scorer(config.rewards) as scorer:
         scorer.self_test()
-        engine = load_local_engine(model, tokenizer, torch.device(rank_device), config.rollout.max_concurrent_sequences)
+        engine = load_local_engine(model, tokenizer, device, config.rollout.max_concurrent_sequences)
         return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
 
 

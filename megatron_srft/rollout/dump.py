@@ -4,7 +4,6 @@ zstd -dc runs/first/rollouts/step-000010.jsonl.zst | head -1 | python -m json.to
 """
 
 import dataclasses
-import io
 import json
 import os
 from pathlib import Path
@@ -38,19 +37,28 @@ def load_dump(path: Path) -> list[Group]:
         ValueError: the file is damaged or is no dump; the message names file and line.
     """
     try:
-        data = path.read_bytes()
-        if path.suffix == ".zst":
-            data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
-        lines = data.decode().splitlines()
-    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        text = _unpack(path).decode()
+    except (OSError, EOFError, zstandard.ZstdError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the rollouts in {path}: {error}") from None
     groups = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(), which also cuts at separators like U+2028 that JSON leaves inside strings.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             groups.append(_group(json.loads(line)))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: not a dumped group ({error!r}); write the dump again") from None
     return groups
+
+
+def _unpack(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != ".zst":
+        return data
+    unpacker = zstandard.ZstdDecompressor().decompressobj()
+    data = unpacker.decompress(data)
+    if not unpacker.eof:
+        raise EOFError("the file ends too early")
+    return data
 
 
 def _plain(value: Any) -> Any:

@@ -229,10 +229,10 @@ def _diagnosis(report: ParityReport, config: ParityConfig, context: str) -> str:
     quartiles = ", ".join(f"{value:.3g}" for value in report.quartile_differences)
     causes = "".join(f"\n  - {cause}" for cause in report.causes) or "\n  - no clear pattern"
     return (
-        f"trainer and rollout engine disagree{f' {context}' if context else ''}: over {report.tokens} tokens |log-prob difference| has mean "
-        f"{report.mean_difference:.3g} (parity.max_mean_difference {config.max_mean_difference:g}) and maximum "
-        f"{report.max_difference:.3g} (parity.max_difference {config.max_difference:g}) at sequence "
-        f"{report.worst_sequence}, position {report.worst_position}.\n"
+        f"trainer and rollout engine disagree{context and ' '}{context}: over {report.tokens} tokens the log-prob "
+        f"difference has mean {report.mean_difference:.3g} (parity.max_mean_difference "
+        f"{config.max_mean_difference:g}) and maximum {report.max_difference:.3g} (parity.max_difference "
+        f"{config.max_difference:g}), at sequence {report.worst_sequence}, position {report.worst_position}.\n"
         f"Ratio percentiles 1/50/99: {low:.4g} / {median:.4g} / {high:.4g}; KL {report.kl:.3g}; "
         f"mean by quarter of the response: {quartiles}.\n"
         f"Likely causes:{causes}\n"
