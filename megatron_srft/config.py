@@ -10,6 +10,7 @@ replaces every such `None`, and the resolved tree is what a run writes into its 
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -284,6 +285,10 @@ class MathRewardConfig:
     workers: int = 1
     """Verifier processes per rank."""
 
+    def __post_init__(self):
+        require(self.timeout_seconds > 0, "rewards: timeout_seconds of a math reward must be positive")
+        require(self.workers >= 1, "rewards: workers of a math reward must be at least 1")
+
 
 @section
 class ExactRewardConfig:
@@ -323,6 +328,12 @@ class FormatRewardConfig:
 
     gate: bool = True
     """A response that does not match is not correct: every verifier's reward becomes its `wrong` value."""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"rewards: pattern {self.pattern!r} is not a regular expression: {error}") from None
 
 
 RewardConfig = Annotated[

@@ -2,18 +2,10 @@
 
 import re
 
-from megatron_srft.config import ConfigError, FormatRewardConfig
+from megatron_srft.config import FormatRewardConfig
 
 
-def compile_pattern(config: FormatRewardConfig) -> re.Pattern[str]:
-    """The pattern, ready to match. Raises ConfigError when it is not a regular expression."""
-    try:
-        return re.compile(config.pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"rewards: the format pattern {config.pattern!r} is not a regular expression: {error}"
-        ) from None
-
-
-def matches(response: str, pattern: re.Pattern[str]) -> bool:
-    return pattern.fullmatch(response) is not None
+def matches(responses: list[str], config: FormatRewardConfig) -> list[bool]:
+    """Whether each response matches `config.pattern` from its first to its last character."""
+    pattern = re.compile(config.pattern)
+    return [pattern.fullmatch(response) is not None for response in responses]

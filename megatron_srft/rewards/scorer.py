@@ -32,23 +32,16 @@ Streams = dict[str, RewardConfig]
 
 
 class Scorer:
-    """Scores answers. Use as a context manager, or call close(): it owns the processes of the math verifier.
+    """Scores answers. Use as a context manager, or call close(): it owns the processes of the math verifiers.
 
-        with Scorer(config.rewards) as scorer:
-            scorer.self_test()
-            groups = scorer.score(groups)          # every step
-            scorer.accounting()                    # totals so far
-
-    Raises ConfigError on construction when a format pattern is not a regular expression.
+    with Scorer(config.rewards) as scorer:
+        scorer.self_test()
+        groups = scorer.score(groups)          # every step
+        scorer.accounting()                    # totals so far
     """
 
     def __init__(self, configs: tuple[RewardConfig, ...]):
         self.streams = name_streams(configs)
-        self._patterns = {
-            name: format.compile_pattern(config)
-            for name, config in self.streams.items()
-            if isinstance(config, FormatRewardConfig)
-        }
         self._verifiers = {
             name: MathVerifier(config) for name, config in self.streams.items() if isinstance(config, MathRewardConfig)
         }
@@ -109,8 +102,8 @@ class Scorer:
     def accounting(self) -> dict[str, int]:
         """Totals since construction, the self-test left out; failures of the verifier apart from wrong answers.
 
-        scored = correct + wrong + no_answer + unverifiable + timeout + crash (+ unjudged where no verifier is set);
-        gated are those wrong only for their format. worker_restarts counts processes replaced.
+        scored = correct + wrong + no_answer + unverifiable + timeout + crash, as long as there is a verifier. gated of
+        the wrong ones have a right answer and a wrong format. worker_restarts counts processes replaced.
         """
         counts = {"scored": sum(self._counts[f"status/{status}"] for status in STATUSES)}
         counts |= {name: self._counts[name] for name in ("correct", "wrong", "gated")}
@@ -142,17 +135,14 @@ class Scorer:
     # ------------------------------------------------------------ one batch
 
     def _scores(self, texts: Sequence[str], answers: Sequence[str | None], truncated: Sequence[bool]) -> list[Score]:
-        matched = {name: [format.matches(t, p) for t in texts] for name, p in self._patterns.items()}
+        matched = {
+            name: format.matches(texts, config)
+            for name, config in self.streams.items()
+            if isinstance(config, FormatRewardConfig)
+        }
         gates = [found for name, found in matched.items() if self.streams[name].gate]
         passed = [all(gate[i] for gate in gates) for i in range(len(texts))]
-        verdicts = {
-            name: self._judge(name, texts, answers, truncated) for name in self.streams if name not in self._patterns
-        }
-        self._counts["gated"] += sum(
-            not ok and verdict.correct is True
-            for column in list(verdicts.values())[:1]
-            for ok, verdict in zip(passed, column, strict=True)
-        )
+        verdicts = {name: self._judge(name, texts, answers, truncated) for name in self.streams if name not in matched}
         return [
             self._score(
                 {name: column[i] for name, column in matched.items()},
@@ -170,10 +160,12 @@ class Scorer:
             else:
                 values[name] = config.correct if passed and verdicts[name].correct else config.wrong
         verdict = next(iter(verdicts.values()), Verdict(correct=None, status="verified"))
+        gated = verdict.correct is True and not passed
+        self._counts["gated"] += gated
         return Score(
             reward=sum(self.streams[name].weight * value for name, value in values.items()),
             streams=values,
-            correct=False if verdict.correct and not passed else verdict.correct,
+            correct=False if gated else verdict.correct,
             status=verdict.status,
             answer=verdict.answer,
         )
