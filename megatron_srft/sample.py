@@ -184,9 +184,6 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     """[sequences + 1] int32; boundaries, the padding's included."""
 
-    longest: int
-    """Tokens of the longest sequence, padding included; a Python number, so that attention needs no device read."""
-
     rows: torch.Tensor
     """[rows] int64; positions whose next token is a response token."""
 

@@ -96,7 +96,6 @@ def pack(sequences: Sequence[TrainingSequence], indices: tuple[int, ...], length
         token_ids=joined([s.token_ids for s in chosen] + [np.zeros(n) for n in padding], torch.int64),
         position_ids=joined(position_ids, torch.int64),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths, *padding]), dtype=torch.int32),
-        longest=max([*lengths, *padding]),
         rows=joined(rows, torch.int64),
         labels=joined([s.token_ids[s.prompt_length :] for s in chosen], torch.int64),
         sequence=per_row(list(range(len(chosen))), torch.int64),

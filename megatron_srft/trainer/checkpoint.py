@@ -11,10 +11,11 @@ random state) is a function of (seed, step) and needs no saving.
 import json
 import logging
 import os
-import pickletools
+import pickle
 import shutil
 import zlib
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, barrier, broadcast_object, rank, size
 
@@ -113,13 +121,32 @@ def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer) -> int:
 
 def _write(partial: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer, groups: ProcessGroups) -> str | None:
     """Write the shards; the first problem of any rank, on every rank."""
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), groups.data, True)
+    strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), groups.data, True)
     problem = None
     try:
         dist_checkpointing.save(_sharded_state(chunks, optimizer, groups, loading=False), str(partial), strategy)
     except Exception as error:  # megatron wraps a rank's OSError in its own types; every rank must hear of it
         problem = f"{type(error).__name__}: {error}"
+        log.debug("saving %s failed", partial, exc_info=True)
     return _first(all_gather_objects(problem, groups.world))
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by this process.
+
+    Megatron's own writer forks helpers and waits for them for ever: a helper that dies (out of memory, a missing
+    package) hangs the run. Here a failure is an exception on every rank.
+    """
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
 
 
 def _complete(partial: Path, final: Path, progress: Progress, groups: ProcessGroups) -> str | None:
@@ -217,6 +244,7 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state[_model_key(number, chunks)])
     if optimizer is not None:
+        _keep_steps(optimizer)
         optimizer.load_state_dict(state["optimizer"])
         _unshare_steps(optimizer)
     return read_progress(path)
@@ -240,8 +268,7 @@ def _sharded_state(
         _model_key(number, chunks): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)
     }
     if optimizer is not None:
-        if loading:
-            _make_moments(optimizer)
+        _make_moments(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     return state
 
@@ -256,7 +283,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state in the first step; a load wants it there before."""
+    """torch's AdamW makes its state in the first step; a load, and a save before that step, want it there already."""
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -266,6 +293,20 @@ def _make_moments(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+def _keep_steps(optimizer: MegatronOptimizer) -> None:
+    """Megatron's sharded loader expects a `step` per parameter in the file, where it is stored once; supply it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = part.model_param_group_index_map[parameter]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    known = {"step": state["step"]} if "step" in state else {}
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, parameter, {**known, **tensors})
 
 
 def _unshare_steps(optimizer: MegatronOptimizer) -> None:
@@ -322,29 +363,29 @@ def _first(problems: list[str | None]) -> str | None:
     return next((p for p in problems if p), None)
 
 
-TRUSTED_MODULES = ("torch", "megatron.core", "collections", "_codecs", "numpy", "builtins", "pathlib")
-TRUSTED_BUILTINS = {"set", "frozenset", "slice", "bytearray", "complex", "range", "list", "dict", "tuple"}
+TRUSTED_MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
+TRUSTED_NAMES = {
+    ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"),
+    ("torch", "uint8"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}  # fmt: skip
+"""All that the index of a torch_dist checkpoint is made of."""
+
+
+class _IndexReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        mcore = module == "megatron.core.dist_checkpointing.strategies.torch"
+        if module in TRUSTED_MODULES or (module, name) in TRUSTED_NAMES or mcore:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of a checkpoint")
 
 
 def _foreign_code(path: Path) -> str | None:
-    """Megatron and torch unpickle these files; refuse names that a checkpoint has no use for before they do."""
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path / "common.pt"))
-    names = {tuple(name.rsplit(".", 1)) for name in unsafe} | _pickle_names(path / ".metadata")
-    for module, name in sorted(names):
-        trusted = module.split(".")[0] in TRUSTED_MODULES or module.startswith("megatron.core")
-        if not trusted or (module == "builtins" and name not in TRUSTED_BUILTINS):
-            return f"it refers to {module}.{name}, which is no part of a checkpoint and could run code"
+    """torch unpickles the index `.metadata` without a check; refuse one that could run code. (`common.pt` is read with
+    weights_only, which has a check of its own.)"""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            _IndexReader(file).load()
+    except pickle.UnpicklingError as error:
+        return f".metadata cannot be trusted: {error}"
     return None
-
-
-def _pickle_names(path: Path) -> set[tuple[str, str]]:
-    """(module, name) of every global that unpickling the file would import, without unpickling it."""
-    names, strings = set(), []
-    for opcode, argument, _ in pickletools.genops(path.read_bytes()):
-        if opcode.name == "GLOBAL":
-            names.add(tuple(argument.split(" ", 1)))
-        elif opcode.name == "STACK_GLOBAL":
-            names.add((strings[-2], strings[-1]))
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return names

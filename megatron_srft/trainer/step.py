@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_srft import objectives
 from megatron_srft.config import ObjectiveConfig, ParityConfig
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, broadcast_object, size
-from megatron_srft.objectives.correction import correct_advantages
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
+from megatron_srft.trainer.architecture import uses_transformer_engine
+from megatron_srft.trainer.attention import PackedParams, packed_params
 from megatron_srft.trainer.head import token_stats
 
 
@@ -89,27 +89,12 @@ def statistics_pass(policy: Policy, microbatches: list[PackedBatch]) -> dict[int
 def _objective_loss(
     batch: PackedBatch, stats: TokenStats, counts: Counts, objective: ObjectiveConfig, parity: ParityConfig
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    old_logprobs = stats.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    advantages, mismatch = correct_advantages(batch, old_logprobs, counts, parity)
-    output = objectives.compute(
-        objectives.ObjectiveInputs(
-            logprobs=stats.logprobs,
-            entropy=stats.entropy,
-            old_logprobs=old_logprobs,
-            rollout_logprobs=batch.rollout_logprobs,
-            advantages=advantages,
-            is_demonstration=batch.is_demonstration,
-            correct=batch.correct,
-            sequence=batch.sequence,
-            num_sequences=len(batch.sequence_ids),
-            response_lengths=batch.response_lengths,
-            pooled_entropy=batch.pooled_entropy,
-        ),
-        counts,
-        objective,
-    )
+    inputs = objectives.gather_inputs(batch, stats)
+    if parity.on_failure != "stop":
+        inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
+    output = objectives.compute(inputs, counts, objective)
     # The schedule wants a token count; zero, because the loss is normalised already (see optimizer.py).
-    return output.loss, torch.zeros((), dtype=torch.int, device=output.loss.device), {**output.metrics, **mismatch}
+    return output.loss, torch.zeros((), dtype=torch.int, device=output.loss.device), output.metrics
 
 
 def _collect_statistics(batch: PackedBatch, stats: TokenStats) -> dict[int, SequenceStats]:
@@ -127,12 +112,12 @@ def _collect_statistics(batch: PackedBatch, stats: TokenStats) -> dict[int, Sequ
 
 def _run_schedule(policy: Policy, microbatches: list[PackedBatch], loss: Callable, *, forward_only: bool) -> list:
     """Run Megatron's schedule; returns what `loss` reported per micro-batch (on the last stage, else [])."""
-    chunks = policy.chunks
-    streams: list[Iterator] = [iter(microbatches) for _ in chunks]
+    described = [(batch, packed_params(batch.cu_seqlens, uses_transformer_engine())) for batch in microbatches]
+    streams = [iter(described) for _ in policy.chunks]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, policy=policy, loss=loss, forward_only=forward_only),
-        data_iterator=streams if len(chunks) > 1 else streams[0],
-        model=chunks,
+        forward_step_func=partial(_forward_step, policy=policy, loss=loss),
+        data_iterator=streams if len(streams) > 1 else streams[0],
+        model=policy.chunks,
         num_microbatches=len(microbatches),
         seq_length=len(microbatches[0].token_ids),
         micro_batch_size=1,
@@ -141,15 +126,8 @@ def _run_schedule(policy: Policy, microbatches: list[PackedBatch], loss: Callabl
     )
 
 
-def _forward_step(data: Iterator[PackedBatch], chunk, *, policy: Policy, loss: Callable, forward_only: bool):
-    batch = next(data)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.longest,
-        max_seqlen_kv=batch.longest,
-    )
+def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, policy: Policy, loss: Callable):
+    batch, packed = next(data)
     hidden = chunk(batch.token_ids[None], batch.position_ids[None], None, packed_seq_params=packed)
 
     def loss_function(hidden: torch.Tensor, non_loss_data: bool = False):
@@ -169,16 +147,20 @@ def _forward_step(data: Iterator[PackedBatch], chunk, *, policy: Policy, loss: C
 
 
 def _reduce_metrics(partials: list[dict[str, torch.Tensor]], groups: ProcessGroups) -> dict[str, float]:
-    """Add the micro-batches' partial sums over data ranks ('max/...' keys take the maximum); same on all ranks."""
+    """Add the micro-batches' shares over micro-batches and data ranks; the same on every rank.
+
+    Of keys that start with `max/` the largest counts, and the prefix is dropped.
+    """
     values: dict[str, float] = {}
-    if partials:
-        for prefix_is_max, op in ((False, "sum"), (True, "max")):
-            keys = sorted(k for k in partials[0] if k.startswith("max/") == prefix_is_max)
-            if not keys:
-                continue
-            table = torch.stack([torch.stack([p[k].detach().float() for k in keys]) for p in partials])
-            reduced = table.sum(0) if op == "sum" else table.amax(0)
-            values.update(zip(keys, all_reduce(reduced, groups.data, op).tolist(), strict=True))
+    if partials:  # only the last stage has any
+        maxima = sorted(key for key in partials[0] if key.startswith("max/"))
+        sums = sorted(set(partials[0]) - set(maxima))
+        table = {key: torch.stack([partial[key].float() for partial in partials]) for key in partials[0]}
+        for keys, op in ((sums, "sum"), (maxima, "max")):
+            local = [table[key].sum() if op == "sum" else table[key].amax() for key in keys]
+            if local:
+                reduced = all_reduce(torch.stack(local), groups.data, op).tolist()
+                values.update(zip((key.removeprefix("max/") for key in keys), reduced, strict=True))
     if size(groups.pipeline) > 1:
         values = broadcast_object(values, groups.pipeline, size(groups.pipeline) - 1)
     return values

@@ -12,9 +12,9 @@ from megatron_srft.data.packing import pack, padded_length, plan_microbatches
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
-from megatron_srft.trainer.model import build_model
+from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
-from megatron_srft.trainer.parallel import device, seed_step
+from megatron_srft.trainer.parallel import device
 from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass, train_pass
 from megatron_srft.weights.folder import HfFolder, write_hf_folder
 
@@ -35,7 +35,7 @@ class Trainer:
         self.policy_version = 0
         """Optimizer updates since the run began."""
         self.source = HfFolder(config.model.path)
-        hf_config = read_hf_config(config.model.path)
+        hf_config = read_hf_config(config.model.path, config.model.trust_remote_code)
         chunks = build_model(hf_config, config, groups)
         load_policy(chunks, self.source, groups)
         self.policy = Policy(
@@ -57,7 +57,7 @@ class Trainer:
         """Log-probs and entropies of every sequence under the current weights, on every rank."""
         for chunk in self.policy.chunks:
             chunk.eval()
-        found = statistics_pass(self.policy, self._microbatches(sequences))
+        found = statistics_pass(self.policy, self.microbatches(sequences))
         return [found[index] for index in range(len(sequences))]
 
     def step(
@@ -73,7 +73,7 @@ class Trainer:
         Returns:
             Metrics averaged over the step's updates, equal on all ranks.
         """
-        seed_step(self.config.seed, self.policy_version)
+        torch.manual_seed(hash((self.config.seed, self.policy_version)))
         if measured is None and self._needs_measurement():
             measured = self.measure(sequences)
         if measured is not None:
@@ -87,9 +87,14 @@ class Trainer:
             "accounting/skipped_updates": sum(u["accounting/skipped_updates"] for u in updates),
         }
 
+    @property
+    def models(self) -> list[PolicyModel]:
+        """The model chunks without Megatron's DDP around them."""
+        return [chunk.module for chunk in self.policy.chunks]
+
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors under Hugging Face names, one bounded bucket at a time, on every rank."""
-        return export_policy([chunk.module for chunk in self.policy.chunks], self.groups, self.policy.vocab_size)
+        return export_policy([chunk.module for chunk in self.policy.chunks], self.groups)
 
     def export_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (collective; the world's first rank writes)."""
@@ -105,7 +110,7 @@ class Trainer:
         self.optimizer.zero_grad()
         metrics = train_pass(
             self.policy,
-            self._microbatches(sequences),
+            self.microbatches(sequences),
             count(list(sequences)),
             self.config.objective,
             self.config.parity,
@@ -115,7 +120,7 @@ class Trainer:
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
         return {**metrics, "grad_norm": norm, "accounting/skipped_updates": 0 if stepped else 1}
 
-    def _microbatches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
+    def microbatches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
         """This data rank's packed share of the sequences."""
         parallel = self.config.parallel
         lengths = [len(s.token_ids) for s in sequences]

@@ -45,7 +45,7 @@ def test_pack_places_rows_on_the_tokens_that_predict_the_response():
     batch = pack(sequences, (0, 1), 8)
     assert batch.token_ids.tolist() == [5, 6, 9, 5, 7, 1, 0, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 3, 6, 8] and batch.longest == 3
+    assert batch.cu_seqlens.tolist() == [0, 3, 6, 8]
     assert batch.rows.tolist() == [1, 3, 4] and batch.labels.tolist() == [9, 7, 1]
     assert torch.equal(batch.token_ids[batch.rows + 1], batch.labels)
     assert batch.sequence.tolist() == [0, 1, 1]

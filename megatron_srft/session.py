@@ -1,0 +1,337 @@
+"""One run: its parts, and the stages of the loop as methods, in the order in which `train.train` calls them."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_srft import config as configuration
+from megatron_srft.advantages import group_statistics
+from megatron_srft.analysis.report import write_report
+from megatron_srft.analysis.samples import log_samples
+from megatron_srft.config import ConfigError, RunConfig
+from megatron_srft.data import Dataset, PromptStream, choose_demonstration, load_dataset, load_problems
+from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
+from megatron_srft.evaluate import evaluate
+from megatron_srft.metrics import MetricSink, NullSink, Timer
+from megatron_srft.rewards import Scorer
+from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
+from megatron_srft.rollout.parity import check_parity, compare
+from megatron_srft.sample import Group, Prompt, TrainingSequence
+from megatron_srft.trainer import checkpoint, parallel
+from megatron_srft.trainer.checkpoint import Progress
+from megatron_srft.trainer.step import SequenceStats
+from megatron_srft.trainer.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    number: int
+    name: str
+    config: RunConfig
+    first_step: int
+    """Steps of the run before this stage."""
+
+    @property
+    def samples_rollouts(self) -> bool:
+        return self.config.objective.kind != "sft"
+
+
+class Session:
+    """Use as a context manager; see `train.train` for the order of the calls.
+
+    Raises on construction:
+        ConfigError, ValueError: files, data, layout or model do not fit; nothing has been trained or overwritten yet.
+    """
+
+    def __init__(self, config: RunConfig, groups: ProcessGroups):
+        self.groups, self.folder = groups, config.folder
+        self.stages = _stages(config)
+        self.total_steps = sum(stage.config.steps for stage in self.stages)
+        found = self._find_checkpoint(config)
+        progress = found[1] if found else Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
+        self.step, self.stage_step = progress.step, progress.stage_step
+        self.stage = next((s for s in self.stages if s.name == progress.stage), self.stages[0])
+        self.config = self.stage.config
+
+        self.tokenizer = load_tokenizer(self.config.model)
+        self.held_out = _load_held_out(self.config, self.tokenizer)
+        self._load_data()
+        self.scorer = Scorer(self.config.rewards)
+        self.scorer.self_test()
+        self.trainer = Trainer(self.config, groups)
+        if found:
+            self._restore(*found)
+        self.engine = build_engine(self.config, self.tokenizer, parallel.device())
+        self.synced_version: int | None = None
+        self.parity_due = True
+        self.sink = self._open_sink(config)
+        self.timer = Timer()
+        self.signalled = False
+
+    # ------------------------------------------------------------ the loop's stages
+
+    def remaining_stages(self) -> list[Stage]:
+        return self.stages[self.stage.number :]
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Switch to a stage's settings; the first one of this process is already set up."""
+        if stage is not self.stage:
+            reload_data = stage.config.data != self.config.data or stage.samples_rollouts != self.stage.samples_rollouts
+            rewards_differ = stage.config.rewards != self.config.rewards
+            self.stage, self.config, self.stage_step, self.parity_due = stage, stage.config, 0, True
+            if reload_data:
+                self._load_data()
+            if rewards_differ:
+                self.scorer.close()
+                self.scorer = Scorer(self.config.rewards)
+                self.scorer.self_test()
+            self.trainer.begin_stage(self.config, self.config.steps)
+        if self.step == 0:
+            self._evaluate()
+
+    def remaining_steps(self, stage: Stage) -> Iterator[int]:
+        while self.stage_step < stage.config.steps:
+            yield self.stage_step
+
+    def next_prompts(self) -> list[Prompt]:
+        self.timer.take()
+        return self.stream.batch(self.step, self.config.batch.prompts_per_step)
+
+    def roll_out(self, prompts: list[Prompt]) -> list[Group]:
+        """Sample completions with the current weights and attach each prompt's demonstration of this step."""
+        demonstrations = [choose_demonstration(p, self.config.seed, self.step) for p in prompts]
+        if not self.stage.samples_rollouts:
+            return [
+                Group(prompt=p, completions=(), demonstration=d) for p, d in zip(prompts, demonstrations, strict=True)
+            ]
+        self._sync()
+        with self.timer("generate"):
+            return collect(
+                self.engine,
+                prompts,
+                demonstrations,
+                self.config.batch.rollouts_per_prompt,
+                self.config.rollout,
+                self.config.seed,
+                self.step,
+                self.groups.world,
+            )
+
+    def score(self, groups: list[Group]) -> list[Group]:
+        """Verify every answer; each rank takes its share. SFT needs no scores."""
+        if not self.stage.samples_rollouts:
+            return groups
+        with self.timer("score"):
+            world = self.groups.world
+            share = self.scorer.score(groups[rank(world) :: size(world)])
+            scores = [(g.scores, g.demonstration_score) for g in share]
+            shares = all_gather_objects(scores, world)
+        ordered = [shares[i % size(world)][i // size(world)] for i in range(len(groups))]
+        return [
+            replace(g, scores=scores, demonstration_score=demonstration_score)
+            for g, (scores, demonstration_score) in zip(groups, ordered, strict=True)
+        ]
+
+    def check_parity(self, sequences: list[TrainingSequence]) -> list[SequenceStats] | None:
+        """Compare trainer and engine log-probs when it is due; the measurement is handed on, as it may be of use."""
+        every = self.config.parity.every
+        due = self.parity_due or (every > 0 and self.step % every == 0)
+        if not self.stage.samples_rollouts or self.config.rollout.kind == "replay" or not due:
+            return None
+        with self.timer("parity"):
+            measured = self.trainer.measure(sequences)
+            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
+            report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
+            check_parity(report, self.config.parity)
+        self.parity_due = False
+        return measured
+
+    def update(
+        self, sequences: list[TrainingSequence], stage_step: int, measured: list[SequenceStats] | None
+    ) -> dict[str, float]:
+        with self.timer("train"):
+            metrics = self.trainer.step(sequences, stage_step, measured)
+        tokens = sum(len(s.token_ids) for s in sequences)
+        return {**metrics, "tokens/step": tokens}
+
+    def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Log the step, guard its figures, and evaluate, save and export where that is due."""
+        metrics = {**metrics, **group_statistics(groups), **self._accounting()}
+        metrics.update(self.timer.take())
+        metrics["tokens/s"] = metrics.pop("tokens/step") / metrics["time/step"]
+        self.sink.log(self.step, metrics, self.stage.name)
+        if is_main():
+            log_samples(self.folder, self.step, groups, self.config.logging.sample_rollouts)
+            every = self.config.rollout.dump_every
+            if every and self.stage.samples_rollouts and self.step % every == 0:
+                dump(groups, self.folder / "rollouts" / f"step-{self.step:06d}.jsonl.zst")
+        self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        self._guard(metrics)
+        if _due(self.step, self.config.evaluation.every) and self.step < self.total_steps:
+            self._evaluate()
+        if _due(self.step, self.config.checkpoint.every) and self.step < self.total_steps:
+            self._save()
+        if _due(self.step, self.config.checkpoint.export_every) and self.step < self.total_steps:
+            self._export(f"step-{self.step:06d}")
+
+    def interrupted(self) -> bool:
+        """Whether any rank was asked to stop (SIGTERM, SIGUSR1); if so the state is saved first."""
+        flag = torch.tensor([int(self.signalled)], device=parallel.device())
+        if not all_reduce(flag, self.groups.world, "max").item():
+            return False
+        self._save()
+        if is_main():
+            log.warning("stopped by a signal after step %d; run the same command to go on", self.step)
+        return True
+
+    def finish(self) -> None:
+        """Last evaluation, checkpoint, Hugging Face folder and report."""
+        self._evaluate()
+        self._save()
+        self._export("final")
+        if is_main():
+            print(f"report: {write_report(self.folder)}")
+            print(f"model:  {self.folder / 'hf' / 'final'}", flush=True)
+
+    # ------------------------------------------------------------ parts of the stages
+
+    def _sync(self) -> None:
+        """Give the engine the current weights, if it does not hold them."""
+        if self.synced_version != self.trainer.policy_version:
+            with self.timer("sync"):
+                self.engine.update_weights(self.trainer.hf_weights(), self.trainer.policy_version)
+            self.synced_version = self.trainer.policy_version
+
+    def _evaluate(self) -> None:
+        if not self.held_out:
+            return
+        self._sync()
+        result = evaluate(
+            self.engine,
+            self.scorer,
+            self.held_out,
+            self.config.evaluation,
+            self.config.rollout,
+            self.config.seed,
+            self.groups.world,
+        )
+        self.sink.log(self.step, result.metrics(), self.stage.name)
+        if is_main():
+            result.write_json(self.folder / "evaluations" / f"step-{self.step:06d}.json")
+
+    def _accounting(self) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for counts in all_gather_objects(self.scorer.accounting(), self.groups.world):
+            for name, value in counts.items():
+                totals[f"accounting/{name}"] = totals.get(f"accounting/{name}", 0) + value
+        return totals
+
+    def _guard(self, metrics: dict[str, float]) -> None:
+        """Stop the run when a step's doubtful share passes the configured limit."""
+
+    def _save(self) -> None:
+        progress = Progress(
+            step=self.step,
+            stage=self.stage.name,
+            stage_step=self.stage_step,
+            policy_version=self.trainer.policy_version,
+        )
+        chunks = [chunk.module for chunk in self.trainer.policy.chunks]
+        checkpoint.save(
+            self.folder / "checkpoints", chunks, self.trainer.optimizer, progress, self.groups, self.config.checkpoint.keep
+        )
+
+    def _export(self, name: str) -> None:
+        self.trainer.export_hf(self.folder / "hf" / name)
+
+    # ------------------------------------------------------------ setting up and leaving
+
+    def _load_data(self) -> None:
+        dataset = load_dataset(self.config.data, self.config.rollout, self.tokenizer)
+        prompts = _usable(dataset, self.stage)
+        self.stream = PromptStream(prompts, self.config.seed, self.config.data.shuffle)
+        if is_main():
+            log.info("%s", dataset.report)
+
+    def _find_checkpoint(self, config: RunConfig):
+        folder = self.folder / "checkpoints"
+        if not config.checkpoint.resume:
+            if checkpoint.checkpoints(folder):
+                raise ConfigError(
+                    f"{folder} already holds checkpoints and checkpoint.resume is false; choose another name, or "
+                    "remove the folder"
+                )
+            return None
+        return checkpoint.newest_intact(folder, self.groups)
+
+    def _restore(self, path, progress: Progress) -> None:
+        chunks = [chunk.module for chunk in self.trainer.policy.chunks]
+        checkpoint.load(path, chunks, self.trainer.optimizer, self.groups)
+        self.trainer.policy_version = progress.policy_version
+        if is_main():
+            log.warning("resumed from %s", path)
+
+    def _open_sink(self, config: RunConfig) -> MetricSink | NullSink:
+        if not is_main():
+            return NullSink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = configuration.to_yaml(config if config.stages else config.resolved())
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        return MetricSink(
+            self.folder,
+            config.logging,
+            total_steps=self.total_steps,
+            start_step=self.step,
+            settings=configuration.to_dict(config),
+        )
+
+    def __enter__(self) -> "Session":
+        self.handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _signal(self, number: int, frame: object) -> None:
+        self.signalled = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.scorer.close()
+        self.sink.close()
+
+
+def _stages(config: RunConfig) -> list[Stage]:
+    stages, first_step = [], 0
+    for number, (name, stage_config) in enumerate(config.stage_configs()):
+        stages.append(Stage(number=number, name=name, config=stage_config, first_step=first_step))
+        first_step += stage_config.steps
+    return stages
+
+
+def _load_held_out(config: RunConfig, tokenizer) -> list[tuple[str, Dataset]]:
+    return [
+        (os.path.splitext(os.path.basename(path))[0], load_problems((path,), config.data, tokenizer))
+        for path in config.evaluation.files
+    ]
+
+
+def _usable(dataset: Dataset, stage: Stage) -> tuple[Prompt, ...]:
+    """SFT draws only prompts with a demonstration; everything else needs an answer to verify."""
+    if not stage.samples_rollouts:
+        prompts = tuple(p for p in dataset.prompts if p.demonstrations)
+        if not prompts:
+            raise ConfigError("data.train holds no demonstration, and objective sft learns from nothing else")
+        return prompts
+    missing = next((p.id for p in dataset.prompts if p.answer is None), None)
+    if missing is not None:
+        raise ConfigError(f"prompt {missing} has no answer, and objective {stage.config.objective.kind} needs one")
+    return dataset.prompts
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
