@@ -41,8 +41,8 @@ def install() -> None:
     """Make megatron.core run on this machine; a no-op with CUDA and from the second call on."""
     global _installed
     # doctor says what is installed; a dozen warnings at every start would only hide other messages.
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed. Falling back"):
-        warnings.filterwarnings("ignore", message=message)
+    for package in ("Transformer Engine and Apex are", "Apex is", "absl.logging is"):
+        warnings.filterwarnings("ignore", message=f"{package} not installed", module="megatron.core")
     if _installed or torch.cuda.is_available():
         return
     _installed = True

@@ -1,11 +1,11 @@
 """HF -> Megatron -> HF to the bit, and the model's logits against transformers', in every layout.
 
-One spawn per layout runs all families, because starting processes costs more than the checks.
+One world of four processes goes through all layouts and families; starting processes costs more than the checks.
 """
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spawning import spawn
 from tiny_models import make_model
 
@@ -18,81 +18,95 @@ MODELS = {
 }
 """Vocabularies below, at and above multiples of the padding."""
 
+LAYOUTS = [
+    dict(tensor=2, pipeline=2),
+    dict(tensor=2, sequence_parallel=True),
+    dict(pipeline=2),
+    dict(pipeline=2, virtual_pipeline=2),
+    dict(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
+    dict(),
+]
+"""Of 4 ranks; what tensor and pipeline leave is data parallel."""
+
 LENGTHS = (9, 1, 30, 6)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def root(tmp_path_factory):
+    """Model folders, each with transformers' logits of `random_sequences` beside it."""
+    from transformers import AutoModelForCausalLM
+
     root = tmp_path_factory.mktemp("models")
     for name, options in MODELS.items():
         make_model(name.removesuffix("-tied"), root / name, tokenizer=False, **options)
+        model = AutoModelForCausalLM.from_pretrained(root / name)
+        with torch.no_grad():
+            logits = [model(sequence[None]).logits[0] for sequence in random_sequences(options["vocab"])]
+        save_file({"logits": torch.cat(logits)}, root / f"{name}.expected")
     return root
 
 
-@pytest.mark.parametrize(
-    "tensor, pipeline, virtual, sequence_parallel",
-    [(1, 1, None, False), (2, 1, None, True), (1, 2, None, False), (1, 2, 2, False), (2, 2, None, False)],
-    ids=["1", "tp2-sp", "pp2", "pp2-vpp2", "tp2-pp2"],
-)
-def test_weights_and_logits(folders, tensor, pipeline, virtual, sequence_parallel):
-    layout = dict(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, sequence_parallel=sequence_parallel)
-    ranks = spawn(tensor * pipeline, check_layout, str(folders), list(MODELS), layout)
-    assert ranks == [list(MODELS)] * (tensor * pipeline)
+def random_sequences(vocab):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(vocab, (n,), generator=generator) for n in LENGTHS]
 
 
-def check_layout(root: str, names: list[str], layout: dict) -> list[str]:
-    """In each rank: load, export, compare with the file; run, compare with transformers."""
+def test_weights_and_logits_in_every_layout(root):
+    assert spawn(4, check_layouts, str(root)) == [len(LAYOUTS) * len(MODELS)] * 4
+
+
+def check_layouts(root: str) -> int:
+    """In each rank; returns the number of (layout, model) pairs checked."""
+    from megatron.core import parallel_state
+
     from megatron_srft.config import DataConfig, LocalRolloutConfig, ParallelConfig, RunConfig
     from megatron_srft.trainer import parallel
+
+    lengths = dict(data=DataConfig(max_prompt_tokens=64), rollout=LocalRolloutConfig(max_response_tokens=64))
+    for layout in LAYOUTS:
+        run = RunConfig(parallel=ParallelConfig(**layout), **lengths)
+        groups = parallel.start(run.parallel, seed=1)
+        for name in MODELS:
+            try:
+                check_model(f"{root}/{name}", run, groups)
+            except Exception as error:
+                error.add_note(f"in {name} under {layout}")
+                raise
+        parallel_state.destroy_model_parallel()
+    parallel.stop()
+    return len(LAYOUTS) * len(MODELS)
+
+
+def check_model(path, run, groups) -> None:
     from megatron_srft.trainer.conversion import export_policy, load_policy, parameters, read_hf_config
     from megatron_srft.trainer.model import build_model
     from megatron_srft.weights.folder import HfFolder
     from megatron_srft.weights.streaming import export_hf
 
-    run = RunConfig(
-        parallel=ParallelConfig(**layout),
-        data=DataConfig(max_prompt_tokens=64),
-        rollout=LocalRolloutConfig(max_response_tokens=64),
-    )
-    groups = parallel.start(run.parallel, seed=1)
-    for name in names:
-        folder = HfFolder(f"{root}/{name}")
-        chunks = build_model(read_hf_config(folder.path), run, groups)
-        load_policy(chunks, folder, groups)
-        for bucket_bytes in (256 << 20, 5000):
-            stream = export_hf(parameters(chunks), chunks[0].architecture, groups, bucket_bytes)
-            assert_identical(load_file(folder.path / "model.safetensors"), dict((n, t.clone()) for n, t in stream))
-        assert_identical(load_file(folder.path / "model.safetensors"), dict(export_policy(chunks, groups)))
-        check_logits(folder.path, chunks, groups)
-    parallel.stop()
-    return names
+    original = load_file(f"{path}/model.safetensors")
+    chunks = build_model(read_hf_config(path), run, groups)
+    load_policy(chunks, HfFolder(path), groups)
+    small_buckets = export_hf(parameters(chunks), chunks[0].architecture, groups, bucket_bytes=5000)
+    for stream in (small_buckets, export_policy(chunks, groups)):
+        exported = dict(stream)
+        assert original.keys() == exported.keys()
+        assert all(exported[name].dtype == tensor.dtype for name, tensor in original.items())
+        assert [name for name, tensor in original.items() if not torch.equal(exported[name], tensor)] == []
+    check_logits(load_file(f"{path}.expected")["logits"], chunks, groups)
 
 
-def assert_identical(expected: dict, actual: dict) -> None:
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert tensor.dtype == actual[name].dtype
-        assert torch.equal(tensor, actual[name]), name
-
-
-def check_logits(path, chunks, groups) -> None:
-    from transformers import AutoModelForCausalLM
-
+def check_logits(expected, chunks, groups) -> None:
     from megatron_srft.distributed import all_gather
 
-    hf = AutoModelForCausalLM.from_pretrained(path)
-    generator = torch.Generator().manual_seed(3)
-    sequences = [torch.randint(hf.config.vocab_size, (n,), generator=generator) for n in LENGTHS]
-    hidden = forward(chunks, sequences)
+    vocab = chunks[0].architecture.vocab_size
+    hidden = forward(chunks, random_sequences(vocab))
     if groups.pipeline.rank() < groups.pipeline.size() - 1:
         return
     if chunks[-1].config.sequence_parallel:
         hidden = torch.cat(all_gather(hidden, groups.tensor))
     logits = torch.cat(all_gather(hidden[:, 0] @ chunks[-1].output_weight().T, groups.tensor), dim=-1)
-    assert logits.shape[-1] % 64 == 0 and not logits[:, hf.config.vocab_size :].any()
-    with torch.no_grad():
-        expected = torch.cat([hf(sequence[None]).logits[0] for sequence in sequences])
-    torch.testing.assert_close(logits[: len(expected), : hf.config.vocab_size], expected, atol=1e-4, rtol=0)
+    assert logits.shape[-1] % 64 == 0 and not logits[:, vocab:].any()
+    torch.testing.assert_close(logits[:, :vocab], expected, atol=1e-4, rtol=0)
 
 
 def forward(chunks, sequences):
