@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -174,8 +175,12 @@ def _shard_name(number: int) -> str:
 def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> list[str]:
     try:
         save_file(tensors, folder / _shard_name(number), metadata={"format": "pt"})
-    except SafetensorError as error:  # its way to report a full disk
-        raise OSError(f"cannot write {folder / _shard_name(number)}: {error}") from None
+    except SafetensorError as error:
+        # Its text ends with the system's error number, which tells a full disk from other troubles.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
     return list(tensors)
 
 
