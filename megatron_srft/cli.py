@@ -65,11 +65,39 @@ def train(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return errors.run(body, debug=options.debug)
 
 
+def evaluate(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Accuracy on JSONL or parquet files: greedy and, at a temperature above 0, avg@k, pass@k and majority@k."""
+    parser.add_argument("model", type=Path, help="Hugging Face folder or checkpoint (RUN/checkpoints/step-NNNNNN)")
+    parser.add_argument("files", nargs="*", help="problems with answers (default: evaluation.files of the config)")
+    parser.add_argument(
+        "--config", type=Path, help="take data, rollout, rewards and evaluation settings from this file"
+    )
+    parser.add_argument("--samples", type=int, help="sampled answers per problem; needs --temperature")
+    parser.add_argument("--temperature", type=float, help="of the sampled answers; 0 measures greedy ones only")
+    parser.add_argument("--top-p", type=float, help="nucleus of the sampled answers")
+    parser.add_argument("--max-response-tokens", type=int, help="longest answer")
+    parser.add_argument("--max-problems", type=int, help="use only the first N of each file")
+    parser.add_argument("--reward", choices=("math", "exact"), help="how answers are verified (default: math)")
+    parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
+    parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+    parser.add_argument("--json", type=Path, help="also write figures and greedy answers to this file")
+    options = parser.parse_intermixed_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import evaluate_command
+
+        if options.answer_after and options.reward is None:
+            raise ValueError("--answer-after needs --reward math or --reward exact")
+        return evaluate_command.main(options)
+
+    return errors.run(body, debug=options.debug)
+
+
 def convert(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Hugging Face folder to checkpoint, or checkpoint (RUN/checkpoints/step-NNNNNN) to Hugging Face folder."""
     parser.add_argument("source", type=Path, help="Hugging Face folder or checkpoint")
     parser.add_argument("target", type=Path, help="Hugging Face folder to write, or run folder to make")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+    parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size, for models too large for one rank")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size, likewise (under torchrun)")
     options = parser.parse_args(arguments)
@@ -79,7 +107,7 @@ def convert(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
         from megatron_srft.convert import convert
 
         layout = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
-        written = convert(options.source, options.target, layout, options.model)
+        written = convert(options.source, options.target, layout, options.hf_model)
         if errors.launched_rank() == 0:
             print(written)
         return 0
@@ -115,6 +143,7 @@ def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "train": train,
+    "evaluate": evaluate,
     "convert": convert,
     "report": report,
     "doctor": doctor,

@@ -24,6 +24,7 @@ from megatron_srft.trainer import checkpoint, parallel
 from megatron_srft.trainer.checkpoint import CheckpointError, Progress
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.model import PolicyModel, build_model
+from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.folder import HfFolder, check_target, write_hf_folder
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -52,7 +53,7 @@ def convert(source: Path, target: Path, layout: ParallelConfig, model: Path | No
     if is_checkpoint(source):
         return to_hf(source, target, layout, model)
     if model is not None:
-        raise ConfigError(f"--model belongs to a checkpoint, and {source} has no {checkpoint.MANIFEST}")
+        raise ConfigError(f"--hf-model belongs to a checkpoint, and {source} has no {checkpoint.MANIFEST}")
     return to_checkpoint(source, target, layout)
 
 
@@ -93,17 +94,20 @@ def run_config(source: Path, layout: ParallelConfig, model: Path | None) -> RunC
         return model_config(model, layout)
     path = source.resolve().parent.parent / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{source}: no {path} says which model it was made from; add --model HUGGING_FACE_FOLDER")
+        raise ConfigError(f"{source}: no {path} says which model it was made from; add --hf-model HUGGING_FACE_FOLDER")
     return replace(configuration.load(path), parallel=layout)
 
 
 def model_config(model: Path, layout: ParallelConfig) -> RunConfig:
-    """Settings for a model alone, without data; the lengths are the least, so that they fit any model."""
+    """Settings for a model alone, without data; the default lengths, or what the model has positions for."""
+    folder = HfFolder(model)
+    architecture = read_architecture(read_hf_config(model))
+    tokens = min(DataConfig.max_prompt_tokens, (architecture.attention_window or architecture.max_positions) // 2)
     return RunConfig(
-        model=ModelConfig(path=str(model), dtype=DTYPES.get(HfFolder(model).dtype(), "float32")),
+        model=ModelConfig(path=str(model), dtype=DTYPES.get(folder.dtype(), "float32")),
         parallel=layout,
-        data=DataConfig(max_prompt_tokens=1),
-        rollout=LocalRolloutConfig(max_response_tokens=1),
+        data=DataConfig(max_prompt_tokens=tokens),
+        rollout=LocalRolloutConfig(max_response_tokens=tokens),
     )
 
 

@@ -7,7 +7,7 @@ and the problem only, so two evaluations of a run differ by their weights and no
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,18 @@ def ballot_sizes(samples: int) -> list[int]:
     return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
 
 
-def evaluate_folder(model_folder: str | Path, config: RunConfig, world: distributed.Group = None) -> EvaluationResult:
+def evaluate_folder(
+    model_folder: str | Path,
+    config: RunConfig,
+    world: distributed.Group = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> EvaluationResult:
     """Evaluate a Hugging Face folder on config.evaluation.files, on the first GPU of this process or on the CPU.
 
     Needs neither megatron nor a run: of `config` it uses data, rollout, rewards, evaluation, seed and model.dtype.
+
+    Args:
+        weights: take the place of the folder's own, for example those of a checkpoint.
 
     Raises:
         ConfigError, ValueError: the folder or a file is missing or wrong, or problems exceed the model's positions.
@@ -190,6 +198,8 @@ def evaluate_folder(model_folder: str | Path, config: RunConfig, world: distribu
     with Scorer(config.rewards) as scorer:
         scorer.self_test()
         engine = load_local_engine(model, tokenizer, device, config.rollout.max_concurrent_sequences)
+        if weights is not None:
+            engine.update_weights(weights, 0)
         return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
 
 
