@@ -8,12 +8,18 @@ import torch
 
 from megatron_srft.distributed import ProcessGroups, rank, size
 from megatron_srft.trainer.model import PolicyModel
-from megatron_srft.weights.folder import HfFolder
+from megatron_srft.weights.architecture import check_family
+from megatron_srft.weights.folder import HfFolder, read_config
 from megatron_srft.weights.streaming import Parameter, check_names, export_hf, load_hf
 
 
 def read_hf_config(path: Path | str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """config.json with everything filled in that it leaves to the family's defaults."""
+    """config.json with everything filled in that it leaves to the family's defaults.
+
+    Raises:
+        ValueError: config.json is missing or damaged, or the family is not supported.
+    """
+    check_family(read_config(path))  # before transformers, whose message for an unknown family helps nobody
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()

@@ -80,11 +80,9 @@ def read_architecture(hf_config: Any) -> Architecture:
         ValueError: the family or one of its options is not supported; the message names the config.json key.
     """
     settings = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-    family = settings.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    check_family(settings)
     _refuse_unsupported(settings)
-    heads = settings["num_attention_heads"]
+    family, heads = settings["model_type"], settings["num_attention_heads"]
     return Architecture(
         family=family,
         num_layers=settings["num_hidden_layers"],
@@ -102,6 +100,13 @@ def read_architecture(hf_config: Any) -> Architecture:
         max_positions=settings["max_position_embeddings"],
         attention_window=_attention_window(settings),
     )
+
+
+def check_family(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless the model_type of this config is one of FAMILIES."""
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def _refuse_unsupported(settings: dict[str, Any]) -> None:

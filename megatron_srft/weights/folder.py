@@ -32,7 +32,7 @@ class HfFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"model.path: {self.path} is not a folder")
-        self.config = _read_json(self.path / CONFIG)
+        self.config = read_config(self.path)
         """config.json as it stands; transformers fills in what it leaves out."""
         self._readers: dict[Path, Any] = {}
         self._files = self._find_weights()
@@ -93,6 +93,11 @@ class HfFolder:
         return self._reader(self._files[name]).get_slice(name)
 
 
+def read_config(path: Path | str) -> dict[str, Any]:
+    """config.json of a model folder as it stands. Raises ValueError when it is missing or not JSON."""
+    return _read_json(Path(path) / CONFIG)
+
+
 def check_target(target: Path | str) -> None:
     """Raise ValueError unless `target` is absent, empty, or a model folder that may be replaced."""
     target = Path(target)
@@ -126,6 +131,7 @@ def write_hf_folder(
     partial = target.with_name(f".{target.name}.partial")
     try:
         if write:
+            _undo_interrupted_swap(target)
             check_target(target)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -195,11 +201,23 @@ def _swap(partial: Path, target: Path) -> None:
     """Put the finished folder in place of the old one."""
     for file in partial.iterdir():
         _flush(file)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(target)
     if target.exists():
         target.rename(old)
     partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """Where the old folder stands for the moment between two renames."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _undo_interrupted_swap(target: Path) -> None:
+    """A process killed within `_swap` may have left the old folder aside; put it back, or delete it if done with."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -110,6 +110,12 @@ def architecture(folder, **changes):
     return read_architecture(read_hf_config(folder.path) | changes)
 
 
+def test_an_unknown_family_is_named_before_transformers_sees_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
+    with pytest.raises(ValueError, match="'mamba9' is not supported; supported are qwen2"):
+        read_hf_config(tmp_path)
+
+
 def test_native_fields_reach_megatron(folder):
     config = transformer_config(
         architecture(folder), RunConfig(**SHORT, megatron={"deallocate_pipeline_outputs": True})

@@ -103,6 +103,20 @@ def test_a_full_disk_leaves_the_old_folder_and_drains_the_stream(copy, monkeypat
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(copy, monkeypatch):
+    before = all_tensors(copy)
+    copy.rename(copy.with_name(".copy.old"))  # what such a kill leaves
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(folder_module, "save_file", full)
+    with pytest.raises(OSError):
+        write_hf_folder(copy, [("a", torch.zeros(1))], HfFolder(copy.with_name(".copy.old")))
+    assert_same(all_tensors(copy), before)
+    assert [p.name for p in copy.parent.iterdir()] == ["copy"]
+
+
 def test_ranks_that_do_not_write_only_take_part(original, tmp_path):
     taken = []
     write_hf_folder(
