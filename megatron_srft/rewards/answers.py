@@ -12,6 +12,7 @@ Where the answer is looked for, first hit wins:
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Literal
 
 Status = Literal["verified", "no_answer", "unverifiable", "timeout", "crash"]
@@ -33,7 +34,10 @@ class Verdict:
 # ---------------------------------------------------------------- extraction
 
 MAX_ANSWER_CHARACTERS = 2000
-"""A longer 'answer' is noise; sympy would only spend the deadline on it."""
+"""A longer last line is not looked at."""
+
+MAX_FORMULA_CHARACTERS, MAX_NESTING = 200, 8
+"""An answer longer than this and than four references, or deeper, is degenerate and would cost the parser seconds."""
 
 STATEMENT_WINDOW = 4000
 """Characters at the end of a response in which a statement of the answer is looked for."""
@@ -143,7 +147,7 @@ REWRITES = [
     (re.compile(r"(?<=[A-Za-z0-9])\s+(?=[A-Za-z0-9])"), "\x00"),
     (re.compile(r"\s+"), ""),
     (re.compile("\x00"), " "),
-    (re.compile(r"([_^])\{(\w)\}"), r"\1\2"),
+    (re.compile(r"([_^])\{(\w)\}(?!\w)"), r"\1\2"),
 ]
 WHOLE_BOX = re.compile(r"\\(?:boxed|fbox)\{(.*)\}", re.DOTALL)
 PARENTHESISED_LETTER = re.compile(r"\(([A-Za-z])\)")
@@ -239,11 +243,16 @@ def decide(answer: str, reference: str) -> bool | None:
         return letter(answer) == wanted
     if is_words(wanted):
         return found.casefold() == wanted.casefold()
-    if len(answer) > MAX_ANSWER_CHARACTERS:
+    if len(found) > max(MAX_FORMULA_CHARACTERS, 4 * len(wanted)) or nesting(found) > MAX_NESTING:
         return False
     if (verdict := _same_digits_in_a_base(found, wanted)) is not None:
         return verdict
     return _same_number(number(found), number(wanted))
+
+
+def nesting(formula: str) -> int:
+    """Greatest number of brackets open at one place."""
+    return max(accumulate((mark in "([{") - (mark in ")]}") for mark in formula), default=0)
 
 
 def _same_number(found: Fraction | None, wanted: Fraction | None) -> bool | None:
