@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from types import FrameType
 
@@ -34,8 +33,7 @@ OTHER_RANKS_WAIT_SECONDS = 3.0
 
 def run(body: Callable[[], int], *, debug: bool = False) -> int:
     """Call `body` and return its exit status; an error meant for the user becomes one sentence and status 1 or 2."""
-    if not debug:
-        quiet_libraries()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bar over loaded weights obeys it too
     try:
         return body()
     except KeyboardInterrupt:
@@ -47,12 +45,6 @@ def run(body: Callable[[], int], *, debug: bool = False) -> int:
             raise
         tell(error)
         return status
-
-
-def quiet_libraries() -> None:
-    """Leave out what libraries say about optional parts that are absent and about their own insides."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bar while it loads weights obeys it too
 
 
 def exit_status(error: Exception) -> int | None:

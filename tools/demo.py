@@ -18,11 +18,13 @@ EXAMPLE = ROOT / "examples" / "arithmetic"
 RUN = ROOT / "runs" / "arithmetic"
 
 
-def step(number: int, title: str, *command: str) -> None:
+def step(number: int, title: str, *command: str, processes: int = 1) -> None:
     """Run one step in the foreground; end here, saying which one failed, if it does."""
     print(f"[{number}/4] {title}", flush=True)
     start = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT).returncode
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if status:
         sys.exit(
             f"\ndemo: step {number} failed with status {status}: {' '.join(command)}\n"
@@ -39,15 +41,17 @@ def move_finished_run() -> None:
     print(f"the finished run of earlier is now runs/arithmetic-{number}\n")
 
 
-def training_command() -> list[str]:
-    """Two tensor-parallel ranks, or one where there is a single GPU."""
-    ranks = 1 if torch.cuda.device_count() == 1 else 2
+def training_command(ranks: int) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, "-m", "megatron_srft.train", "examples/arithmetic/config.yaml", f"parallel.tensor={ranks}"]
 
 
 def main() -> None:
-    device = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    device = (
+        f"{torch.cuda.device_count()} GPU(s)"
+        if torch.cuda.is_available()
+        else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    )
     print(f"SRFT on arithmetic chains, on {device}\n")
     start = time.monotonic()
     move_finished_run()
@@ -61,9 +65,11 @@ def main() -> None:
         step(
             2, "base model: a small Qwen2, pre-trained for a minute", sys.executable, "examples/arithmetic/pretrain.py"
         )
-    command = training_command()
-    step(3, f"training: torchrun {' '.join(command[4:])}", *command)
-    step(4, "check: transformers alone on the trained model", sys.executable, "examples/arithmetic/check.py", str(RUN))
+    ranks = 1 if torch.cuda.device_count() == 1 else 2
+    command = training_command(ranks)
+    step(3, f"training: torchrun {' '.join(command[4:])}", *command, processes=ranks)
+    check = [sys.executable, "examples/arithmetic/check.py", str(RUN.relative_to(ROOT))]
+    step(4, "check: transformers alone on the trained model", *check)
     print(f"done in {time.monotonic() - start:.0f} s. Look at {RUN.relative_to(ROOT)}/report.html in a browser;")
     print(f"the trained model is the Hugging Face folder {RUN.relative_to(ROOT)}/hf/final.")
 
