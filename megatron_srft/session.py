@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,10 @@ from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+
+class RunStopped(RuntimeError):
+    """A guard of `accounting` ended the run; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,9 @@ class Session:
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         self.synced_version: int | None = None
         self.parity_due = True
+        self.saved_step = self.step if found else None
+        self.parity: dict[str, float] = {}
+        self.accounting: dict[str, float] = {}
         self.sink = self._open_sink(config)
         self.timer = Timer()
         self.signalled = False
@@ -100,7 +108,7 @@ class Session:
             yield self.stage_step
 
     def next_prompts(self) -> list[Prompt]:
-        self.timer.take()
+        self.parity, self.accounting = {}, {}
         return self.stream.batch(self.step, self.config.batch.prompts_per_step)
 
     def roll_out(self, prompts: list[Prompt]) -> list[Group]:
@@ -129,9 +137,13 @@ class Session:
             return groups
         with self.timer("score"):
             world = self.groups.world
+            before = self.scorer.accounting()
             share = self.scorer.score(groups[rank(world) :: size(world)])
+            counts = {name: value - before[name] for name, value in self.scorer.accounting().items()}
             scores = [(g.scores, g.demonstration_score) for g in share]
-            shares = all_gather_objects(scores, world)
+            everyone = all_gather_objects((scores, counts), world)
+        shares = [shares for shares, _ in everyone]
+        self.accounting = {f"accounting/{name}": sum(c[name] for _, c in everyone) for name in counts}
         ordered = [shares[i % size(world)][i // size(world)] for i in range(len(groups))]
         return [
             replace(g, scores=scores, demonstration_score=demonstration_score)
@@ -148,8 +160,10 @@ class Session:
             measured = self.trainer.measure(sequences)
             pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
             report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
-            check_parity(report, self.config.parity)
+            if not check_parity(report, self.config.parity, f"before step {self.step + 1}") and is_main():
+                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
         self.parity_due = False
+        self.parity = report.metrics()
         return measured
 
     def update(
@@ -157,14 +171,13 @@ class Session:
     ) -> dict[str, float]:
         with self.timer("train"):
             metrics = self.trainer.step(sequences, stage_step, measured)
-        tokens = sum(len(s.token_ids) for s in sequences)
-        return {**metrics, "tokens/step": tokens}
+        return {**metrics, "count/tokens": sum(len(s.token_ids) for s in sequences)}
 
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Log the step, guard its figures, and evaluate, save and export where that is due."""
-        metrics = {**metrics, **group_statistics(groups), **self._accounting()}
-        metrics.update(self.timer.take())
-        metrics["tokens/s"] = metrics.pop("tokens/step") / metrics["time/step"]
+        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
+        metrics |= {"ranks": size(self.groups.world), **self.timer.take()}
+        metrics["tokens/s"] = metrics["count/tokens"] / metrics["time/step"]
         self.sink.log(self.step, metrics, self.stage.name)
         if is_main():
             log_samples(self.folder, self.step, groups, self.config.logging.sample_rollouts)
@@ -212,28 +225,46 @@ class Session:
         if not self.held_out:
             return
         self._sync()
-        result = evaluate(
-            self.engine,
-            self.scorer,
-            self.held_out,
-            self.config.evaluation,
-            self.config.rollout,
-            self.config.seed,
-            self.groups.world,
-        )
+        config = self.config
+        with self.timer("evaluate"):
+            result = evaluate(
+                self.engine,
+                self.scorer,
+                self.held_out,
+                config.evaluation,
+                config.rollout,
+                config.seed,
+                self.groups.world,
+            )
         self.sink.log(self.step, result.metrics(), self.stage.name)
         if is_main():
             result.write_json(self.folder / "evaluations" / f"step-{self.step:06d}.json")
 
-    def _accounting(self) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for counts in all_gather_objects(self.scorer.accounting(), self.groups.world):
-            for name, value in counts.items():
-                totals[f"accounting/{name}"] = totals.get(f"accounting/{name}", 0) + value
-        return totals
-
     def _guard(self, metrics: dict[str, float]) -> None:
-        """Stop the run when a step's doubtful share passes the configured limit."""
+        """Stop the run, saved, when the doubtful share of a step passes its limit; the same verdict on every rank."""
+        limits = self.config.accounting
+        failed = sum(metrics.get(f"accounting/{name}", 0) for name in ("timeout", "crash", "unverifiable"))
+        failed_share = failed / max(1, metrics.get("accounting/scored", 0))
+        problem = None
+        if failed_share > limits.max_verifier_failure_share:
+            problem = (
+                f"{failed:.0f} of {metrics['accounting/scored']:.0f} answers got no verdict in step {self.step} "
+                "(accounting.max_verifier_failure_share); look at accounting/timeout, crash and unverifiable in "
+                "metrics.jsonl"
+            )
+        elif metrics.get("truncated_share", 0) > limits.max_truncated_share:
+            problem = (
+                f"{metrics['truncated_share']:.0%} of the completions of step {self.step} were cut at "
+                "rollout.max_response_tokens (accounting.max_truncated_share)"
+            )
+        elif self.trainer.skipped_in_a_row > limits.max_skipped_updates:
+            problem = (
+                f"{self.trainer.skipped_in_a_row} updates in a row had a gradient that was not finite "
+                "(accounting.max_skipped_updates); lower optimizer.lr, or look at the losses in metrics.jsonl"
+            )
+        if problem is not None:
+            self._save()
+            raise RunStopped(f"{problem}. The state is saved; the run can be resumed with other settings")
 
     def _save(self) -> None:
         progress = Progress(
@@ -242,10 +273,18 @@ class Session:
             stage_step=self.stage_step,
             policy_version=self.trainer.policy_version,
         )
-        chunks = [chunk.module for chunk in self.trainer.policy.chunks]
-        checkpoint.save(
-            self.folder / "checkpoints", chunks, self.trainer.optimizer, progress, self.groups, self.config.checkpoint.keep
-        )
+        if self.saved_step == self.step:
+            return
+        with self.timer("save"):
+            checkpoint.save(
+                self.folder / "checkpoints",
+                self.trainer.models,
+                self.trainer.optimizer,
+                progress,
+                self.groups,
+                self.config.checkpoint.keep,
+            )
+        self.saved_step = self.step
 
     def _export(self, name: str) -> None:
         self.trainer.export_hf(self.folder / "hf" / name)
@@ -270,9 +309,8 @@ class Session:
             return None
         return checkpoint.newest_intact(folder, self.groups)
 
-    def _restore(self, path, progress: Progress) -> None:
-        chunks = [chunk.module for chunk in self.trainer.policy.chunks]
-        checkpoint.load(path, chunks, self.trainer.optimizer, self.groups)
+    def _restore(self, path: Path, progress: Progress) -> None:
+        checkpoint.load(path, self.trainer.models, self.trainer.optimizer, self.groups)
         self.trainer.policy_version = progress.policy_version
         if is_main():
             log.warning("resumed from %s", path)
@@ -315,7 +353,10 @@ def _stages(config: RunConfig) -> list[Stage]:
 
 def _load_held_out(config: RunConfig, tokenizer) -> list[tuple[str, Dataset]]:
     return [
-        (os.path.splitext(os.path.basename(path))[0], load_problems((path,), config.data, tokenizer))
+        (
+            os.path.splitext(os.path.basename(path))[0],
+            load_problems((path,), config.data, tokenizer, config.evaluation.max_problems),
+        )
         for path in config.evaluation.files
     ]
 

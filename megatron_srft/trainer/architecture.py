@@ -7,14 +7,10 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_srft.config import ConfigError, ParallelConfig, RunConfig
-from megatron_srft.trainer import host
 from megatron_srft.weights.architecture import Architecture
-
-host.install()
-
-from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from megatron_srft.trainer import host
-
-host.install()
-
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
 
 MIN_FILL = 0.7
 """Sequences shorter than this share of the longest in a batch go into the next batch, so that padding stays small."""

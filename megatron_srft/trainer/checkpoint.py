@@ -366,8 +366,8 @@ def _first(problems: list[str | None]) -> str | None:
 TRUSTED_MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
 TRUSTED_NAMES = {
     ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"),
-    ("torch", "uint8"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
+    ("torch", "uint8"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
 }  # fmt: skip
 """All that the index of a torch_dist checkpoint is made of."""
 

@@ -1,7 +1,7 @@
 """Lets megatron.core run on a machine without CUDA: what it calls 'cuda' becomes the CPU.
 
 megatron-core hard-wires CUDA, but everything it does on the paths of a dense model has a CPU meaning. `install()` gives
-those calls that meaning. It does nothing where CUDA is there, and it must run before the rest of trainer/ imports
+those calls that meaning. It does nothing where CUDA is there, and it runs before the rest of trainer/ imports
 megatron. Outside megatron only functions of `torch.cuda` change, which no other code calls without a device.
 """
 

@@ -7,27 +7,23 @@ so that no rank ever holds the logits of a whole micro-batch.
 from typing import Any
 
 import torch
-
-from megatron_srft.config import RunConfig
-from megatron_srft.distributed import ProcessGroups
-from megatron_srft.trainer import host
-from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config, uses_transformer_engine
-from megatron_srft.trainer.attention import PackedAttention
-from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
-
-host.install()
-
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+
+from megatron_srft.config import RunConfig
+from megatron_srft.distributed import ProcessGroups
+from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config, uses_transformer_engine
+from megatron_srft.trainer.attention import PackedAttention
+from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
 
 
 class RMSNorm(torch.nn.RMSNorm):

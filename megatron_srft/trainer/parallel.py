@@ -10,14 +10,10 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_srft.config import ConfigError, ParallelConfig
 from megatron_srft.distributed import ProcessGroups
-from megatron_srft.trainer import host
-
-host.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 TIMEOUT = timedelta(hours=2)
 """Longest wait in a collective. Ranks wait for the slowest one's rollouts and for the checkpoint writer."""

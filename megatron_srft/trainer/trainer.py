@@ -14,7 +14,7 @@ from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
-from megatron_srft.trainer.parallel import device
+from megatron_srft.trainer.parallel import device, seed_step
 from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass, train_pass
 from megatron_srft.weights.folder import HfFolder, write_hf_folder
 
@@ -73,7 +73,7 @@ class Trainer:
         Returns:
             Metrics averaged over the step's updates, equal on all ranks.
         """
-        torch.manual_seed(hash((self.config.seed, self.policy_version)))
+        seed_step(self.config.seed, self.policy_version)
         if measured is None and self._needs_measurement():
             measured = self.measure(sequences)
         if measured is not None:
