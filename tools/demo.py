@@ -65,7 +65,7 @@ def main() -> None:
         step(
             2, "base model: a small Qwen2, pre-trained for a minute", sys.executable, "examples/arithmetic/pretrain.py"
         )
-    ranks = 1 if torch.cuda.device_count() == 1 else 2
+    ranks = 1 if gpus == 1 else 2
     command = training_command(ranks)
     step(3, f"training: torchrun {' '.join(command[4:])}", *command, processes=ranks)
     check = [sys.executable, "examples/arithmetic/check.py", str(RUN.relative_to(ROOT))]
