@@ -5,7 +5,7 @@ No weights are downloaded. The corpus has two kinds of documents:
     hasty    7+5-3=#4                 a guess without any work
     worked   7+5-3=7+5=2;2-3=9#9      every step written out
 
-The model reads many worked documents but is hardly ever taught to *begin* one (the first character of most of them is
+The model reads many worked documents but is rarely taught to *begin* one (the first character of most of them is
 not a target). So it ends up owning every single step and able to go on with a solution that somebody has begun, while
 left alone it blurts out a guess: 1 in 10 right, which is chance. That is the gap that fine-tuning has to close.
 """
@@ -134,11 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=HERE / "base", help="where the Hugging Face folder goes")
     parser.add_argument("--model-size", choices=SIZES, default="tiny")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32, help="documents per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--hasty-share", type=float, default=0.25, help="documents that guess")
-    parser.add_argument("--begin-share", type=float, default=0.01, help="worked documents whose first character counts")
+    parser.add_argument("--begin-share", type=float, default=0.04, help="worked documents whose first character counts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
