@@ -5,6 +5,8 @@ without padding: a finished row is replaced by a new prompt, or by the last row 
 others. Slots past a row's length hold old (finite) values and are hidden by the mask.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -17,14 +19,28 @@ SLOT_BLOCK = 16
 """The slots in use are rounded up to this many, for aligned masks and few re-allocations."""
 
 
+@dataclass(eq=False)
+class Layout:
+    """What all layers share. (Not the cache itself: a cycle would keep its memory until the garbage collector runs.)"""
+
+    rows: int = 0
+    slots: int = 0
+    width: int = 0
+    """Slots in use."""
+    row_numbers: torch.Tensor | None = None
+    """[rows in use] int64: 0, 1, 2, ..."""
+    positions: torch.Tensor | None = None
+    """[rows in use] int64: the slot of every row's next token."""
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer: [rows, heads, slots, head size] each."""
 
     is_sliding = False
 
-    def __init__(self, owner: "SlotCache"):
+    def __init__(self, layout: Layout):
         super().__init__()
-        self.owner = owner
+        self.layout = layout
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = self._zeros(key_states)
@@ -33,13 +49,13 @@ class SlotLayer(CacheLayerMixin):
 
     def _zeros(self, states: torch.Tensor) -> torch.Tensor:
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN would still be NaN.
-        return states.new_zeros(self.owner.rows, states.shape[1], self.owner.slots, states.shape[3])
+        return states.new_zeros(self.layout.rows, states.shape[1], self.layout.slots, states.shape[3])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store one new token per row ([rows, heads, 1, head size]) and return everything the rows may look at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions, width = self.owner.row_numbers, self.owner.positions, self.owner.width
+        rows, positions, width = self.layout.row_numbers, self.layout.positions, self.layout.width
         self.keys[rows, :, positions] = key_states[:, :, 0]
         self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
@@ -51,11 +67,12 @@ class SlotLayer(CacheLayerMixin):
         self.keys[rows, :, : key_states.shape[2]] = key_states
         self.values[rows, :, : value_states.shape[2]] = value_states
 
-    def grow(self) -> None:
+    def resize(self) -> None:
+        """Move into tensors of the layout's new size; rows beyond it are given up."""
         for name in ("keys", "values"):
             old = self.__dict__[name]
             new = self._zeros(old)
-            new[:, :, : old.shape[2]] = old
+            new[:, :, : old.shape[2]] = old[: len(new)]
             self.__dict__[name] = new
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -64,49 +81,50 @@ class SlotLayer(CacheLayerMixin):
         self.values[target] = self.values[source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.width, 0
+        return self.layout.width, 0
 
     def get_seq_length(self) -> int:
-        return self.owner.width
+        return self.layout.width
 
     def get_max_length(self) -> int:
         return -1
 
 
 class SlotCache(Cache):
-    """All layers' slots. `place` says, before each forward, which position every row's next token takes."""
+    """All layers' slots. Before a forward `reserve` makes room and `place` says where every row's next token goes."""
 
-    def __init__(self, layers: int, rows: int, device: torch.device):
-        self.rows = rows
-        self.slots = 0
-        self.width = 0
+    def __init__(self, layers: int, device: torch.device):
         self.device = device
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.layout = Layout()
+        super().__init__(layers=[SlotLayer(self.layout) for _ in range(layers)])
+
+    def reserve(self, slots: int, rows: int) -> None:
+        """Make room for this many slots per row, by half as much again at a time, in the first `rows` rows.
+
+        Rows are given up only where the tensors have to move anyway: late in a batch, when few rows are left and those
+        are long, the cache stays small.
+        """
+        if slots > self.layout.slots:
+            self.layout.slots, self.layout.rows = _blocks(max(slots, self.layout.slots * 3 // 2)), rows
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.resize()
 
     def place(self, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """Prepare a forward of one token per row.
 
         Args:
-            positions: [rows in use] int64, on the cache's device.
+            positions: [rows in use] int64, on the cache's device; `reserve` has made room for them.
             longest: the largest of them (known to the caller without asking the device).
 
         Returns:
             [rows in use, 1, 1, width] bool: which slots each row sees.
         """
-        self.reserve(longest + 1)
-        self.width = _blocks(longest + 1)
-        self.positions = positions
-        self.row_numbers = torch.arange(len(positions), device=self.device)
-        visible = torch.arange(self.width, device=self.device) <= positions[:, None]
+        layout = self.layout
+        layout.width, layout.positions = _blocks(longest + 1), positions
+        layout.row_numbers = torch.arange(len(positions), device=self.device)
+        visible = torch.arange(layout.width, device=self.device) <= positions[:, None]
         return visible[:, None, None, :]
-
-    def reserve(self, slots: int) -> None:
-        """Make room for this many slots per row, by half as much again at a time."""
-        if slots > self.slots:
-            self.slots = _blocks(max(slots, self.slots * 3 // 2))
-            for layer in self.layers:
-                if layer.is_initialized:
-                    layer.grow()
 
     def fill(self, rows: torch.Tensor, prefilled: Cache, members: torch.Tensor) -> None:
         """Copy row `members[i]` of a prefilled cache into row `rows[i]`."""

@@ -26,6 +26,9 @@ from megatron_srft.sample import Completion
 PREFILL_TOKENS = 16384
 """Padded tokens of one prefill forward."""
 
+FIRST_SLOTS = 128
+"""Response tokens the cache has room for before it grows."""
+
 
 class LocalEngine:
     """Samples with a transformers model on this rank's device. Needs `update_weights` before the first `generate`."""
@@ -134,7 +137,9 @@ class Decoding:
         self.end_tokens = np.array(sorted(engine.end_token_ids), np.int64)
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
         self.rows = Rows.empty(self.capacity, sampling.max_response_tokens)
-        self.cache = SlotCache(self.model.config.num_hidden_layers, self.capacity, self.model.device)
+        self.cache = SlotCache(self.model.config.num_hidden_layers, self.model.device)
+        prompt = max(len(request.prompt.token_ids) for request in requests)
+        self.cache.reserve(prompt + min(sampling.max_response_tokens, FIRST_SLOTS), self.capacity)
         self.alive = 0
         self.next = 0
         self.finished: list[Sampled | None] = [None] * len(requests)
@@ -178,7 +183,6 @@ class Decoding:
             line[: len(prompt)] = prompt
         prefilled = DynamicCache()
         self.model.base_model(input_ids=self.to_device(token_ids), past_key_values=prefilled, use_cache=True)
-        self.cache.reserve(token_ids.shape[1] + 1)
         members = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         self.cache.fill(self.to_device(np.concatenate(groups)), prefilled, self.to_device(members))
 
@@ -188,6 +192,7 @@ class Decoding:
         generated = rows.generated[: self.alive]
         positions = rows.prompt_length[: self.alive] - 1 + generated
         on_device = self.to_device(positions)
+        self.cache.reserve(int(positions.max()) + 1, self.capacity if self.next < len(self.requests) else self.alive)
         visible = self.cache.place(on_device, int(positions.max()))
         logits = self.model(
             input_ids=self.to_device(rows.token[: self.alive, None]),

@@ -1,5 +1,8 @@
 """The local engine against transformers: its generate(), and its logits on whole sequences."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_srft.config import ModelConfig, RunConfig, SamplingConfig
 from megatron_srft.rollout import Request, build_engine, load_local_engine
-from megatron_srft.rollout.local import prefill_chunks
+from megatron_srft.rollout.local import Decoding, prefill_chunks
 
 CPU = torch.device("cpu")
 ENDS = list(range(1, 97, 8))
@@ -100,6 +103,30 @@ def test_each_prompt_is_run_once_for_all_its_samples(folders, prompts):
     engine.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     engine.generate(one_each(prompts[1:], 4), SamplingConfig(max_response_tokens=4))
     assert sum(lengths) == len(prompts) - 1
+
+
+def test_a_cache_that_grows_and_gives_up_rows_changes_nothing(folders, prompts, monkeypatch):
+    sampling = SamplingConfig(max_response_tokens=150)
+    ends = [1, 50, 51]
+    roomy = make_engine(folders["qwen3"], 5, ends).generate(one_each(prompts), sampling)
+    monkeypatch.setattr("megatron_srft.rollout.local.FIRST_SLOTS", 2)
+    tight = make_engine(folders["qwen3"], 5, ends).generate(one_each(prompts), sampling)
+    assert [c.token_ids.tolist() for c in roomy] == [c.token_ids.tolist() for c in tight]
+    assert max(len(c.token_ids) for c in roomy) > 100
+
+
+def test_the_cache_is_freed_without_the_garbage_collector(folders, prompts):
+    decoding = Decoding(make_engine(folders["qwen2"]), one_each(prompts), SamplingConfig(max_response_tokens=3))
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            decoding.run()
+        keys = weakref.ref(decoding.cache.layers[0].keys)
+        assert keys() is not None
+        del decoding
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_prefills_hold_every_group_within_the_budget(monkeypatch):
