@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "arithmetic"
+PYTHON = sys.executable
 RUN = ROOT / "runs" / "arithmetic"
 
 
@@ -42,36 +43,30 @@ def move_finished_run() -> None:
 
 
 def training_command(ranks: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, "-m", "megatron_srft.train", "examples/arithmetic/config.yaml", f"parallel.tensor={ranks}"]
 
 
 def main() -> None:
-    device = (
-        f"{torch.cuda.device_count()} GPU(s)"
-        if torch.cuda.is_available()
-        else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    )
-    print(f"SRFT on arithmetic chains, on {device}\n")
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    print("SRFT on arithmetic chains, on " + (f"{gpus} GPU(s)" if gpus else f"CPU with {cores} cores") + "\n")
     start = time.monotonic()
     move_finished_run()
     if (EXAMPLE / "data" / "train.jsonl").exists():
         print("[1/4] data: already in examples/arithmetic/data\n")
     else:
-        step(1, "data: prompts, demonstrations, held-out problems", sys.executable, "examples/arithmetic/make_data.py")
+        step(1, "data: prompts, demonstrations, held-out problems", PYTHON, "examples/arithmetic/make_data.py")
     if (EXAMPLE / "base" / "config.json").exists():
         print("[2/4] base model: already in examples/arithmetic/base\n")
     else:
-        step(
-            2, "base model: a small Qwen2, pre-trained for a minute", sys.executable, "examples/arithmetic/pretrain.py"
-        )
+        step(2, "base model: a small Qwen2, pre-trained", PYTHON, "examples/arithmetic/pretrain.py")
     ranks = 1 if gpus == 1 else 2
     command = training_command(ranks)
     step(3, f"training: torchrun {' '.join(command[4:])}", *command, processes=ranks)
-    check = [sys.executable, "examples/arithmetic/check.py", str(RUN.relative_to(ROOT))]
-    step(4, "check: transformers alone on the trained model", *check)
-    print(f"done in {time.monotonic() - start:.0f} s. Look at {RUN.relative_to(ROOT)}/report.html in a browser;")
-    print(f"the trained model is the Hugging Face folder {RUN.relative_to(ROOT)}/hf/final.")
+    run = RUN.relative_to(ROOT)
+    step(4, "check: transformers alone on the trained model", PYTHON, "examples/arithmetic/check.py", str(run))
+    print(f"done in {time.monotonic() - start:.0f} s. Look at {run}/report.html in a browser;")
+    print(f"the trained model is the Hugging Face folder {run}/hf/final.")
 
 
 if __name__ == "__main__":
