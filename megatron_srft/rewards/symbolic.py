@@ -113,10 +113,22 @@ def _parse_text(text: str) -> list[sympy.Basic]:
 
 
 def same(wanted: sympy.Basic, found: sympy.Basic) -> bool:
-    """Whether two readings mean the same. A numerical disproof first: it is quick, and simplify() is not."""
-    if differ_numerically(wanted, found):
-        return False
-    return verify([wanted], [found], timeout_seconds=None) and _equations_agree(wanted, found)
+    """Whether two readings mean the same. Numerical disproofs first: they are quick, simplify() and solve() are not."""
+    if not _are_scalar_equations(wanted, found):
+        return not differ_numerically(wanted, found) and _verify(wanted, found)
+    left, right = _opaque(wanted.lhs - wanted.rhs), _opaque(found.lhs - found.rhs)
+    if not _sides_differ(left, right):
+        return _verify(wanted, found)
+    return (
+        not _roots_differ(left, right)
+        and _verify(wanted, found)
+        and _solutions_fulfil(left, right)
+        and _solutions_fulfil(right, left)
+    )
+
+
+def _verify(wanted: sympy.Basic, found: sympy.Basic) -> bool:
+    return verify([wanted], [found], timeout_seconds=None)
 
 
 def differ_numerically(wanted: sympy.Basic, found: sympy.Basic) -> bool:
@@ -147,23 +159,44 @@ def _opaque(expression: sympy.Expr) -> sympy.Expr:
     return expression.xreplace({u: sympy.Symbol(f"<{u}>", real=True) for u in unknown})
 
 
-def _equations_agree(wanted: sympy.Basic, found: sympy.Basic) -> bool:
-    """Whether two equations that math-verify equates have the same solutions; anything else is left to it.
+# ---------------------------------------------------------------- equations, as expressions that are to vanish
 
-    Sides that differ by the same amount agree at once. Otherwise each equation is solved for one symbol, and its
-    solutions must fulfil the other one; an equation that cannot be solved proves nothing.
-    """
-    if not (isinstance(wanted, sympy.Eq) and isinstance(found, sympy.Eq)):
-        return True
-    if not all(isinstance(side, sympy.Expr) for side in (*wanted.args, *found.args)):
-        return True
-    left, right = _opaque(wanted.lhs - wanted.rhs), _opaque(found.lhs - found.rhs)
-    if not differ_numerically(left, right) or not differ_numerically(left, -right):
-        return True
-    return _solutions_fulfil(left, right) and _solutions_fulfil(right, left)
+
+def _are_scalar_equations(wanted: sympy.Basic, found: sympy.Basic) -> bool:
+    return all(
+        isinstance(equation, sympy.Eq) and all(isinstance(side, sympy.Expr) for side in equation.args)
+        for equation in (wanted, found)
+    )
+
+
+def _sides_differ(left: sympy.Expr, right: sympy.Expr) -> bool:
+    return differ_numerically(left, right) and differ_numerically(left, -right)
+
+
+def _roots_differ(left: sympy.Expr, right: sympy.Expr) -> bool:
+    """Whether, all other symbols fixed, some symbol in which both are linear would have to take two values."""
+    point = generic_point(left, right)
+    for symbol in left.free_symbols & right.free_symbols:
+        roots = [_linear_root(expression, symbol, point) for expression in (left, right)]
+        if None not in roots and sympy.Abs(roots[0] - roots[1]) > RELATIVE_TOLERANCE * max(map(sympy.Abs, roots)):
+            return True
+    return False
+
+
+def _linear_root(expression: sympy.Expr, symbol: sympy.Symbol, point: dict) -> sympy.Expr | None:
+    """Where a linear expression vanishes, from its values at symbol = 1, 2, 3; None when it is not linear."""
+    values = [expression.evalf(15, subs={**point, symbol: sympy.Float(s)}) for s in (1, 2, 3)]
+    if not all(value.is_number and value.is_finite for value in values):
+        return None
+    first, second, third = values
+    slope, scale = second - first, max(map(sympy.Abs, values))
+    if sympy.Abs(slope) <= RELATIVE_TOLERANCE * scale or sympy.Abs(third - second - slope) > 1e-9 * scale:
+        return None
+    return 1 - first / slope
 
 
 def _solutions_fulfil(equation: sympy.Expr, other: sympy.Expr) -> bool:
+    """Whether the solutions of one equation fulfil the other; one that cannot be solved proves nothing."""
     symbol = max(equation.free_symbols, key=str, default=None)
     solutions = sympy.solve(equation, symbol) if symbol is not None else []
     return bool(solutions) and all(_vanishes(other.subs(symbol, solution)) for solution in solutions)

@@ -164,9 +164,7 @@ def test_the_self_test_names_what_a_broken_verifier_gets_wrong(monkeypatch, tmp_
     (tmp_path / "math_verify.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Scorer((MathRewardConfig(),)) as scorer:
-        with pytest.raises(
-            VerifierError, match="rewards.math: the verifier returns wrong verdicts: .*x\\+1 against 1-x"
-        ):
+        with pytest.raises(VerifierError, match=r"rewards.math: the verifier .*x\+1 against 1-x"):
             scorer.self_test()
 
 
