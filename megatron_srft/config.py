@@ -69,7 +69,7 @@ class ParallelConfig:
     """Shard the optimizer state over the data-parallel ranks."""
 
     overlap_communication: bool = False
-    """Overlap gradient reduction (and parameter gathering) with the backward (forward) pass."""
+    """Overlap gradient reduction with the backward pass."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective recomputes core attention, full recomputes every layer."""
