@@ -679,6 +679,11 @@ class RunConfig:
 
     def __post_init__(self):
         require(self.steps >= 0, "steps must not be negative")
+        require(self.seed >= 0, "seed must not be negative")
+        require(
+            self.rollout.kind != "replay" or not self.evaluation.files,
+            "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
+        )
         require(
             self.objective.kind == "sft" or self.rollout.temperature > 0,
             "rollout.temperature must be above 0 for training (0 is greedy and has no log-probs to learn from)",

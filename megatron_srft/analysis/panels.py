@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             keys=("weight/rl", "weight/sft", "weight/"),
             note="sft multiplies the demonstrations' likelihood term, rl the positive rollouts.",
         ),
-        PanelPlan(title="Largest weight of a token", unit="weight", keys=("weight_rl", "weight_sft"), kind="log"),
+        PanelPlan(title="Largest weight of a token", unit="weight", keys=("weight_rl/max", "weight_sft/max"), kind="log"),
     ),
     "Loss": (
         PanelPlan(title="Total loss", unit="loss", keys=("loss",)),
@@ -83,7 +83,7 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             keys=("clip_fraction/",),
             note="Rollout tokens whose gradient the lower or the upper clip removed.",
         ),
-        PanelPlan(title="Importance ratio", unit="ratio", keys=("ratio/mean", "ratio"), note="ratio: the largest."),
+        PanelPlan(title="Importance ratio", unit="ratio", keys=("ratio/mean", "ratio/max")),
         PanelPlan(
             title="Distance from the sampling policy",
             unit="nats per token",
@@ -95,9 +95,9 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
         PanelPlan(
             title="Mismatch of log-probs",
             unit="nats",
-            keys=("mismatch/mean", "mismatch/k3", "mismatch"),
+            keys=("mismatch/mean", "mismatch/k3", "mismatch/max"),
             kind="log",
-            note="Same tokens, same weights, two implementations. mismatch: the largest difference.",
+            note="Same tokens, same weights, two implementations.",
         ),
         PanelPlan(title="Corrected tokens", unit="share of tokens", keys=("mismatch/corrected_share",)),
         PanelPlan(

@@ -4,12 +4,10 @@ With d = trainer log-prob - engine log-prob of one sampled token, a run is sound
 measures |d|, the percentiles of the ratio exp(d), and KL(engine || trainer) by Schulman's k3 estimator
 mean(exp(d) - 1 - d) (joschu.net/blog/kl-approx.html), and reads a cause from where the differences lie.
 
-Beyond the limits a run stops, unless it was told to go on with importance weights: `importance_weights` gives
-w = exp(d), truncated (TIS) or masked (MIS, as in IcePop), by which the trainer multiplies the advantages of a token.
+Beyond the limits a run stops, unless it was told to go on with importance weights (objectives/terms.py).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -114,30 +112,6 @@ def check_parity(report: ParityReport, config: ParityConfig, context: str = "") 
     if too_large and config.on_failure == "stop":
         raise ParityError(_diagnosis(report, config, context))
     return not too_large
-
-
-def importance_weights(
-    trainer_logprobs: np.ndarray, rollout_logprobs: np.ndarray, mode: Literal["truncate", "mask"], limit: float
-) -> np.ndarray:
-    """Weights that correct, token by token, for sampling from the engine instead of the trainer.
-
-    With r = exp(trainer - rollout): truncate gives min(r, limit); mask gives r where 1/limit <= r <= limit, else 0.
-    Multiply the advantages by them; a weight carries no gradient.
-
-    Args:
-        trainer_logprobs, rollout_logprobs: [response] of one sequence.
-        limit: at least 1, parity.importance_limit.
-
-    Returns:
-        [response] float32.
-    """
-    assert limit >= 1
-    ratio = np.exp(np.clip(trainer_logprobs.astype(np.float64) - rollout_logprobs, -50.0, 50.0))
-    if mode == "truncate":
-        weights = np.minimum(ratio, limit)
-    else:
-        weights = np.where((ratio >= 1 / limit) & (ratio <= limit), ratio, 0.0)
-    return weights.astype(np.float32)
 
 
 def _lay_out(trainer: list[np.ndarray], rollout: list[np.ndarray]) -> _Tokens:

@@ -149,7 +149,7 @@ def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, po
 def _reduce_metrics(partials: list[dict[str, torch.Tensor]], groups: ProcessGroups) -> dict[str, float]:
     """Add the micro-batches' shares over micro-batches and data ranks; the same on every rank.
 
-    Of keys that start with `max/` the largest counts, and the prefix is dropped.
+    Of keys `max/<name>` the largest counts; they are reported as `<name>/max`.
     """
     values: dict[str, float] = {}
     if partials:  # only the last stage has any
@@ -160,7 +160,11 @@ def _reduce_metrics(partials: list[dict[str, torch.Tensor]], groups: ProcessGrou
             local = [table[key].sum() if op == "sum" else table[key].amax() for key in keys]
             if local:
                 reduced = all_reduce(torch.stack(local), groups.data, op).tolist()
-                values.update(zip((key.removeprefix("max/") for key in keys), reduced, strict=True))
+                values.update(zip(map(_public_name, keys), reduced, strict=True))
     if size(groups.pipeline) > 1:
         values = broadcast_object(values, groups.pipeline, size(groups.pipeline) - 1)
     return values
+
+
+def _public_name(key: str) -> str:
+    return f"{key.removeprefix('max/')}/max" if key.startswith("max/") else key

@@ -82,9 +82,11 @@ def attacked_group() -> Group:
 def full_step(step: int) -> dict[str, float]:
     keys = [
         "reward/mean", "reward/math", "accuracy", "demonstration_solved", "groups/all_correct", "groups/none_correct",
-        "groups/without_signal", "entropy/rollouts", "entropy/demonstrations", "weight/rl", "weight/sft", "weight_sft",
+        "groups/without_signal", "entropy/rollouts", "entropy/demonstrations", "weight/rl", "weight/sft",
+        "weight_sft/max",
         "loss", "loss/sft", "loss/rl_positive", "nll/rollouts", "response_length/mean", "truncated_share",
-        "clip_fraction/low", "clip_fraction/high", "ratio/mean", "ratio", "kl/k1", "kl/k3", "mismatch/mean", "mismatch",
+        "clip_fraction/low", "clip_fraction/high", "ratio/mean", "ratio/max", "kl/k1", "kl/k3", "mismatch/mean",
+        "mismatch/max",
         "parity/mean_difference", "parity/max_difference", "parity/ratio_p99", "grad_norm", "lr", "time/generate",
         "time/train", "tokens/s",
         "invented/figure", "$\\frac{",

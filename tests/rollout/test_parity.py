@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_srft.config import ParityConfig
-from megatron_srft.rollout.parity import ParityError, check_parity, compare, importance_weights
+from megatron_srft.rollout.parity import ParityError, check_parity, compare
 
 LIMITS = ParityConfig()
 
@@ -100,24 +100,3 @@ def test_lists_that_do_not_belong_together_are_refused():
         compare([one, two], [one, one])
     with pytest.raises(ValueError, match="no tokens"):
         compare([], [])
-
-
-def test_importance_weights():
-    ratio = np.array([0.1, 0.5, 0.9, 1.0, 1.9, 2.0, 30.0])
-    rollout = np.full(7, -3.0, np.float32)
-    trainer = (rollout + np.log(ratio)).astype(np.float64)
-    truncated = importance_weights(trainer, rollout, "truncate", 2.0)
-    np.testing.assert_allclose(truncated, [0.1, 0.5, 0.9, 1.0, 1.9, 2.0, 2.0], rtol=1e-6)
-    masked = importance_weights(trainer + [0, 1e-6, 0, 0, 0, -1e-6, 0], rollout, "mask", 2.0)
-    np.testing.assert_allclose(masked, [0, 0.5, 0.9, 1.0, 1.9, 2.0, 0], rtol=1e-5)
-    assert truncated.dtype == masked.dtype == np.float32
-
-
-def test_truncated_weights_correct_the_mean_of_an_advantage():
-    """Tokens drawn from the engine's distribution, weighted by exp(d), average as if drawn from the trainer's."""
-    numbers = np.random.default_rng(0)
-    engine, trainer = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.35, 0.25])
-    tokens = numbers.choice(3, size=200_000, p=engine)
-    advantages = np.array([1.0, -1.0, 2.0])
-    weights = importance_weights(np.log(trainer)[tokens], np.log(engine)[tokens], "truncate", 2.0)
-    assert (weights * advantages[tokens]).mean() == pytest.approx((trainer * advantages).sum(), abs=0.01)
