@@ -53,7 +53,9 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             keys=("weight/rl", "weight/sft", "weight/"),
             note="sft multiplies the demonstrations' likelihood term, rl the positive rollouts.",
         ),
-        PanelPlan(title="Largest weight of a token", unit="weight", keys=("weight_rl/max", "weight_sft/max"), kind="log"),
+        PanelPlan(
+            title="Largest weight of a token", unit="weight", keys=("weight_rl/max", "weight_sft/max"), kind="log"
+        ),
     ),
     "Loss": (
         PanelPlan(title="Total loss", unit="loss", keys=("loss",)),
