@@ -1,6 +1,6 @@
 """The training loop: each line of `train` is one stage of the flow. What the stages do is in session.py.
 
-    torchrun --nproc-per-node 2 -m megatron_srft.train CONFIG.yaml [key.path=value ...]
+torchrun --nproc-per-node 2 -m megatron_srft.train CONFIG.yaml [key.path=value ...]
 """
 
 import argparse

@@ -87,7 +87,9 @@ def reference(folder: Path, name: str) -> tuple[dict[str, float], dict[str, np.n
     output.loss.backward()
     # The trainer reports a maximum `max/<name>` as `<name>/max`.
     names = {k: f"{k.removeprefix('max/')}/max" if k.startswith("max/") else k for k in output.metrics}
-    return {names[k]: v.item() for k, v in output.metrics.items()}, {n: p.grad.numpy() for n, p in model.named_parameters()}
+    return {names[k]: v.item() for k, v in output.metrics.items()}, {
+        n: p.grad.numpy() for n, p in model.named_parameters()
+    }
 
 
 def measure(folder: str, layout: dict, tokens_per_microbatch: int, order: list[int], names: list[str]) -> dict:
