@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_srft import cli
-from megatron_srft.config import load
+from megatron_srft.config import from_dict, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -43,6 +44,13 @@ def test_every_config_class_is_on_the_page_and_every_field_has_a_docstring():
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_example_configs_load(path):
     load(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_configs_shown_load(page):
+    shown = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for block in shown:
+        from_dict(yaml.safe_load(block)).stage_configs()
 
 
 def test_there_are_example_configs():
