@@ -20,9 +20,9 @@ import torch
 from megatron_srft import config as configuration
 from megatron_srft.config import ConfigError, DataConfig, LocalRolloutConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_srft.distributed import ProcessGroups, barrier, is_main
-from megatron_srft.trainer import checkpoint, parallel
-from megatron_srft.trainer.checkpoint import CheckpointError, Progress
+from megatron_srft.trainer import checkpoint, manifest, parallel
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
+from megatron_srft.trainer.manifest import CheckpointError, Progress
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.folder import HfFolder, check_target, write_hf_folder
@@ -35,7 +35,7 @@ STAGE = "converted"
 
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / checkpoint.MANIFEST).is_file()
+    return (path / manifest.MANIFEST).is_file()
 
 
 def convert(source: Path, target: Path, layout: ParallelConfig, model: Path | None) -> Path:
@@ -53,7 +53,7 @@ def convert(source: Path, target: Path, layout: ParallelConfig, model: Path | No
     if is_checkpoint(source):
         return to_hf(source, target, layout, model)
     if model is not None:
-        raise ConfigError(f"--hf-model belongs to a checkpoint, and {source} has no {checkpoint.MANIFEST}")
+        raise ConfigError(f"--hf-model belongs to a checkpoint, and {source} has no {manifest.MANIFEST}")
     return to_checkpoint(source, target, layout)
 
 
@@ -127,7 +127,7 @@ def model_of(config: RunConfig) -> Iterator[tuple[list[PolicyModel], ProcessGrou
 def checkpoint_model(source: Path, config: RunConfig) -> Iterator[tuple[list[PolicyModel], ProcessGroups]]:
     """The model filled from a checkpoint, whatever layout wrote it."""
     with model_of(config) as (chunks, groups):
-        problem = checkpoint.verify(source, groups)
+        problem = manifest.verify(source, groups)
         if problem is not None:
             raise CheckpointError(f"{source} is damaged ({problem}); use another checkpoint")
         checkpoint.load(source, chunks, None, groups)

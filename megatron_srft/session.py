@@ -22,8 +22,8 @@ from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.sample import Group, Prompt, TrainingSequence
-from megatron_srft.trainer import checkpoint, parallel
-from megatron_srft.trainer.checkpoint import Progress
+from megatron_srft.trainer import checkpoint, manifest, parallel, publish
+from megatron_srft.trainer.manifest import CheckpointError, Progress
 from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
 
@@ -61,7 +61,7 @@ class Session:
         found = self._find_checkpoint(config)
         progress = found[1] if found else Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
         self.step, self.stage_step = progress.step, progress.stage_step
-        self.stage = next((s for s in self.stages if s.name == progress.stage), self.stages[0])
+        self.stage = _stage_of(progress, self.stages)
         self.config = self.stage.config
 
         self.tokenizer = load_tokenizer(self.config.model)
@@ -300,14 +300,17 @@ class Session:
 
     def _find_checkpoint(self, config: RunConfig):
         folder = self.folder / "checkpoints"
+        problem = publish.attempt(lambda: publish.check_writable(folder), self.groups, main_only=True)
+        if problem is not None:
+            raise CheckpointError(f"checkpoints cannot be written: {problem}")
         if not config.checkpoint.resume:
-            if checkpoint.checkpoints(folder):
+            if manifest.checkpoints(folder):
                 raise ConfigError(
                     f"{folder} already holds checkpoints and checkpoint.resume is false; choose another name, or "
                     "remove the folder"
                 )
             return None
-        return checkpoint.newest_intact(folder, self.groups)
+        return manifest.newest_intact(folder, self.groups)
 
     def _restore(self, path: Path, progress: Progress) -> None:
         checkpoint.load(path, self.trainer.models, self.trainer.optimizer, self.groups)
@@ -349,6 +352,16 @@ def _stages(config: RunConfig) -> list[Stage]:
         stages.append(Stage(number=number, name=name, config=stage_config, first_step=first_step))
         first_step += stage_config.steps
     return stages
+
+
+def _stage_of(progress: Progress, stages: list[Stage]) -> Stage:
+    stage = next((s for s in stages if s.name == progress.stage), None)
+    if stage is None:
+        raise ConfigError(
+            f"the checkpoint of this run stands in stage {progress.stage}, and the config has "
+            f"{', '.join(s.name for s in stages)}; name the stage as before, or choose another name for a new run"
+        )
+    return stage
 
 
 def _load_held_out(config: RunConfig, tokenizer) -> list[tuple[str, Dataset]]:

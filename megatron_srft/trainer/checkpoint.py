@@ -1,27 +1,21 @@
-"""Full training state in one distributed checkpoint, complete or absent.
+"""Full training state (weights, optimizer, progress) in one distributed checkpoint, written and read on Megatron.
 
-    checkpoints/step-000100/            megatron's torch_dist files (weights, optimizer), readable under any layout
-    checkpoints/step-000100/manifest.json   progress, and size and CRC-32 of every file; written last
-
-A checkpoint is made in `step-000100.partial` and renamed when every rank has finished and every byte is on disk, so
-a kill at any moment leaves the older checkpoints as they were. What else a step depends on (data order, sampling,
-random state) is a function of (seed, step) and needs no saving.
+What else a step depends on (data order, sampling, random state) is a function of (seed, step) and needs no saving.
+publish.py makes it appear as a whole; manifest.py says which checkpoint is intact and may be trusted.
 """
 
-import json
-import logging
 import os
-import pickle
-import shutil
-import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -37,33 +31,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_srft.distributed import ProcessGroups, all_gather_objects, barrier, broadcast_object, rank, size
-
-log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is damaged; the message says what is intact."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands.
-
-    Example: step=120, stage="grpo", stage_step=20, policy_version=120.
-    """
-
-    step: int
-    """Steps finished, over all stages."""
-    stage: str
-    stage_step: int
-    """Steps of that stage finished."""
-    policy_version: int
-    """Optimizer updates made."""
-
+from megatron_srft.distributed import ProcessGroups, barrier, rank, size
+from megatron_srft.trainer import publish
+from megatron_srft.trainer.manifest import CheckpointError, Progress, read_progress
+from megatron_srft.trainer.publish import attempt
 
 # ---------------------------------------------------------------- saving
 
@@ -71,7 +42,7 @@ class Progress:
 def save(
     folder: Path,
     chunks: list[GPTModel],
-    optimizer: MegatronOptimizer,
+    optimizer: MegatronOptimizer | None,
     progress: Progress,
     groups: ProcessGroups,
     keep: int,
@@ -81,54 +52,45 @@ def save(
     Raises:
         CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
     """
-    final = folder / f"step-{progress.step:06d}"
-    partial = final.with_suffix(".partial")
-    problem = None
-    if rank(groups.world) == 0:
-        problem = _prepare(folder, partial, _bytes_needed(chunks, optimizer) * size(groups.model))
-    problem = broadcast_object(problem, groups.world)
-    if problem is None:
-        problem = _write(partial, chunks, optimizer, groups)
-    if problem is None:
-        problem = _complete(partial, final, progress, groups)
+    final = publish.path_of(folder, progress.step)
+    partial = publish.partial_of(final)
+    needed = _bytes_needed(chunks, optimizer) * size(groups.model)
+    problem = (
+        attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
+        or _write(partial, _sharded_state(chunks, optimizer, groups, loading=False), groups)
+        or publish.complete(partial, final, progress, groups)
+    )
     if problem is not None:
         if rank(groups.world) == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            publish.discard(partial)
         raise CheckpointError(f"cannot save {final}: {problem}; earlier checkpoints are intact")
     if rank(groups.world) == 0:
-        _prune(folder, keep)
+        publish.prune(folder, final, keep)
     barrier(groups.world)
     return final
 
 
-def _prepare(folder: Path, partial: Path, needed: int) -> str | None:
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return str(error)
-    if free < needed:
-        return f"about {needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free on the disk"
-    return None
-
-
-def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer) -> int:
+def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> int:
     """Bytes of this rank's share of the weights and of the two float32 moments and main weights."""
-    numbers = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    return sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters()) + 12 * numbers
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    optimizer_bytes = 12 if optimizer is not None else 0
+    return sum(p.numel() * (p.element_size() + optimizer_bytes) for p in parameters)
 
 
-def _write(partial: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer, groups: ProcessGroups) -> str | None:
-    """Write the shards; the first problem of any rank, on every rank."""
+def _write(partial: Path, state: dict[str, Any], groups: ProcessGroups) -> str | None:
+    """Write all files but the manifest; the first problem of any rank, on every rank.
+
+    The steps of dist_checkpointing.save one by one, since there the first rank writes common.pt by itself, and when
+    that fails the others wait for it for ever. All versions of megatron-core read a checkpoint with a common.pt.
+    """
+    sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), groups.data, True)
-    problem = None
-    try:
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, groups, loading=False), str(partial), strategy)
-    except Exception as error:  # megatron wraps a rank's OSError in its own types; every rank must hear of it
-        problem = f"{type(error).__name__}: {error}"
-        log.debug("saving %s failed", partial, exc_info=True)
-    return _first(all_gather_objects(problem, groups.world))
+
+    def write_common() -> None:
+        torch.save(common, partial / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+
+    return attempt(write_common, groups, main_only=True) or attempt(lambda: strategy.save(sharded, partial), groups)
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -149,105 +111,40 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         )
 
 
-def _complete(partial: Path, final: Path, progress: Progress, groups: ProcessGroups) -> str | None:
-    """Checksum every file (shared over the ranks), write the manifest, rename."""
-    files, problem = {}, None
-    try:
-        files = {name: _fingerprint(partial / name) for name in _share(_data_files(partial), groups)}
-    except OSError as error:
-        problem = str(error)
-    shares = all_gather_objects((files, problem), groups.world)
-    problem = _first([p for _, p in shares])
-    if problem is None and rank(groups.world) == 0:
-        content = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "layout": {"tensor": size(groups.tensor), "pipeline": size(groups.pipeline), "data": size(groups.data)},
-            "files": {name: entry for found, _ in shares for name, entry in found.items()},
-        }
-        try:
-            _write_durably(partial / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync_folder(final.parent)
-        except OSError as error:
-            problem = str(error)
-    return broadcast_object(problem, groups.world)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in checkpoints(folder)[keep:]:
-        doomed = old.with_suffix(".deleting")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    for leftover in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleting")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 # ---------------------------------------------------------------- loading
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints in the folder, newest first; they may still be damaged."""
-    return sorted((p for p in folder.glob("step-[0-9]*") if p.is_dir() and not p.suffix), reverse=True)
-
-
-def newest_intact(folder: Path, groups: ProcessGroups) -> tuple[Path, Progress] | None:
-    """The newest checkpoint whose every file matches its manifest; damaged ones are logged and passed over.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
-    """
-    found = broadcast_object(checkpoints(folder), groups.world)
-    for path in found:
-        problem = verify(path, groups)
-        if problem is None:
-            return path, read_progress(path)
-        if rank(groups.world) == 0:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
-    if found:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged; move the folder away to start afresh")
-    return None
-
-
-def verify(path: Path, groups: ProcessGroups) -> str | None:
-    """What is wrong with the checkpoint, or None; files are shared over the ranks."""
-    problem = None
-    try:
-        manifest = _read_manifest(path)
-        missing = sorted(set(manifest["files"]) - set(_data_files(path)))
-        if missing:
-            problem = f"{missing[0]} is missing"
-        else:
-            problem = _first(
-                [
-                    f"{name} has changed since it was written"
-                    for name in _share(sorted(manifest["files"]), groups)
-                    if _fingerprint(path / name) != manifest["files"][name]
-                ]
-            )
-        if problem is None and rank(groups.world) == 0:
-            problem = _foreign_code(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{MANIFEST} cannot be read: {error}"
-    return _first(all_gather_objects(problem, groups.world))
-
-
-def read_progress(path: Path) -> Progress:
-    return Progress(**_read_manifest(path)["progress"])
-
-
 def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroups) -> Progress:
-    """Fill model and optimizer from a checkpoint of any layout; without an optimizer only the weights are read."""
+    """Fill model and optimizer from a checkpoint of any layout; without an optimizer only the weights are read.
+
+    The checkpoint must have passed `manifest.verify`.
+    """
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, groups, loading=True), str(path), strategy)
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[_model_key(number, chunks)])
-    if optimizer is not None:
-        _keep_steps(optimizer)
-        optimizer.load_state_dict(state["optimizer"])
-        _unshare_steps(optimizer)
+    state = _sharded_state(chunks, optimizer, groups, loading=True)
+    with _weights_only():
+        state = dist_checkpointing.load(state, str(path), strategy)
+        for number, chunk in enumerate(chunks):
+            chunk.load_state_dict(state[_model_key(number, chunks)])
+        if optimizer is not None:
+            _keep_steps(optimizer)
+            optimizer.load_state_dict(state["optimizer"])
+            _unshare_steps(optimizer)
     return read_progress(path)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch's checkpoint reader asks for weights_only=False where an object is no tensor; this overrules it."""
+    names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= names
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 # ---------------------------------------------------------------- megatron's state
@@ -315,77 +212,3 @@ def _unshare_steps(optimizer: MegatronOptimizer) -> None:
         for state in inner.state.values():
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"]).clone()
-
-
-# ---------------------------------------------------------------- files
-
-
-def _data_files(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
-
-
-def _share(names: list[str], groups: ProcessGroups) -> list[str]:
-    return names[rank(groups.world) :: size(groups.world)]
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """[size in bytes, CRC-32], with the file's bytes forced to disk first where that is allowed."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-        return [file.tell(), crc]
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']} was written by another version of megatron_srft")
-    return manifest
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first(problems: list[str | None]) -> str | None:
-    return next((p for p in problems if p), None)
-
-
-TRUSTED_MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
-TRUSTED_NAMES = {
-    ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"),
-    ("torch", "uint8"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
-"""All that the index of a torch_dist checkpoint is made of."""
-
-
-class _IndexReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        mcore = module == "megatron.core.dist_checkpointing.strategies.torch"
-        if module in TRUSTED_MODULES or (module, name) in TRUSTED_NAMES or mcore:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of a checkpoint")
-
-
-def _foreign_code(path: Path) -> str | None:
-    """torch unpickles the index `.metadata` without a check; refuse one that could run code. (`common.pt` is read with
-    weights_only, which has a check of its own.)"""
-    try:
-        with (path / ".metadata").open("rb") as file:
-            _IndexReader(file).load()
-    except pickle.UnpicklingError as error:
-        return f".metadata cannot be trusted: {error}"
-    return None
