@@ -54,7 +54,7 @@ def train(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
         if options.dry_run:
             from megatron_srft import dry_run
 
-            return dry_run.main(options.config, settings, options.ranks)
+            return dry_run.main([options.config, *options.overrides], settings, options.ranks)
         if options.ranks is not None:
             raise ValueError("--ranks belongs to --dry-run; to train on several ranks start with torchrun")
         from megatron_srft.train import run_training

@@ -1,6 +1,7 @@
 """`megatron-srft train CONFIG --dry-run`: what can be wrong before the model is built, and what the run comes to."""
 
 import os
+import shlex
 
 from megatron_srft import layout
 from megatron_srft.config import RunConfig
@@ -16,11 +17,11 @@ from megatron_srft.weights.folder import HfFolder
 from megatron_srft.weights.streaming import check_names
 
 
-def main(path: str, config: RunConfig, ranks: int | None) -> int:
+def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     """Check model, layout, data and rewards of every stage, and print the arithmetic.
 
     Args:
-        path: the config file, for the closing hint.
+        arguments: config file and overrides as given, for the closing hint.
         ranks: processes to reckon with; None: WORLD_SIZE, or one model replica.
 
     Raises:
@@ -39,7 +40,8 @@ def main(path: str, config: RunConfig, ranks: int | None) -> int:
         print(f"\nstage {name}: {stage.steps} steps, objective {stage.objective.kind}")
         print_stage(stage, model, world_size, tokenizer)
     print_disk(config, model)
-    print(f"\nnothing was trained; to train: torchrun --nproc-per-node {world_size} -m megatron_srft.train {path}")
+    command = f"torchrun --nproc-per-node {world_size} -m megatron_srft.train {shlex.join(arguments)}"
+    print(f"\nnothing was trained; to train: {command}")
     return 0
 
 

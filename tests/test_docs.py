@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -102,9 +103,9 @@ def test_requirements_pin_every_dependency():
 
 
 def test_no_registry_host_and_no_place_of_one_machine_in_committed_text():
-    hosts = re.compile(r"pypi\.|pythonhosted|(?<![\w.])/(?:root|home|work|opt|tmp)/\w")
-    suffixes = {".md", ".py", ".txt", ".toml", ".yaml", ".yml", ".sh"}
-    named = ("Makefile", ".ci/run")
-    paths = [p for p in ROOT.rglob("*") if p.suffix in suffixes and not set(p.parts) & {".venv", ".git", "runs"}]
-    guilty = [name(p) for p in [*paths, *(ROOT / n for n in named)] if hosts.search(p.read_text(encoding="utf-8"))]
-    assert [path for path in guilty if path != name(Path(__file__))] == []
+    hosts = re.compile(r"pypi\.|pythonhosted|(?<![\w.])/(?:root|home|work|opt)/\w")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    paths = [ROOT / line for line in listed.stdout.splitlines() if line != name(Path(__file__))]
+    assert [name(path) for path in paths if path.is_file() and hosts.search(path.read_text("utf-8", "replace"))] == []
