@@ -14,7 +14,7 @@ help:
 	@echo "make test       linter and all tests"
 	@echo "make test-fast  the tests that are not marked slow"
 	@echo "make lint       ruff check and format check"
-	@echo "make docs       write docs/configuration.md anew from the docstrings in config.py"
+	@echo "make docs       write docs/configuration.md anew from the docstrings in config/"
 	@echo "make doctor     what is installed, and what works on this machine"
 	@echo "make clean      remove .venv, build products and caches; runs/ stays"
 

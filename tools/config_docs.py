@@ -1,10 +1,10 @@
-"""Write docs/configuration.md from the fields and docstrings of config.py; a test fails when the page is stale."""
+"""Write docs/configuration.md from the fields and docstrings of config/; a test fails when the page is stale."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "megatron_srft" / "config.py"
+SOURCES = sorted((ROOT / "megatron_srft" / "config").glob("*.py"))
 TARGET = ROOT / "docs" / "configuration.md"
 
 SECTIONS = {
@@ -29,7 +29,7 @@ SECTIONS = {
 HEADER = """\
 # Configuration
 
-This page is made from the docstrings of `megatron_srft/config.py` by `make docs`; edit those.
+This page is made from the docstrings of `megatron_srft/config/` by `make docs`; edit those.
 
 A run is one YAML file. A value comes from the default below, then the file, then the command line
 (`key.path=value`, list items by number as in `rewards.0.weight=2`); the later one wins. Unknown keys, wrong types and
@@ -41,6 +41,11 @@ run again.
 drops what the file says about the old one. `null` in an objective's or the advantage's field means what the chosen
 preset publishes; [objectives.md](objectives.md) lists those values.
 """
+
+
+def source() -> str:
+    """The text of all files of the config, as if it were one."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
 def docstring_after(body: list[ast.stmt], index: int) -> str:
@@ -128,5 +133,5 @@ def denominators(tree: ast.Module) -> list[str]:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(SOURCE.read_text(encoding="utf-8")), encoding="utf-8")
+    TARGET.write_text(render(source()), encoding="utf-8")
     print(f"wrote {TARGET.relative_to(ROOT)}")

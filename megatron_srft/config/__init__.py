@@ -1,0 +1,99 @@
+"""The typed tree of one run, and the loader that fills it from YAML and `key.path=value` overrides.
+
+A value comes from the field's default, then the file, then the command line; the later one wins. Unknown keys, wrong
+types and impossible combinations raise `ConfigError` with the key and the remedy. Importing this module needs neither
+torch nor megatron, so `--help`, `--dry-run` checks and editors stay fast.
+
+`None` in an objective's or the advantage's field means "what the chosen preset publishes"; `RunConfig.resolved()`
+replaces every such `None`, and the resolved tree is what a run writes into its folder.
+"""
+
+from megatron_srft.config.base import (
+    ConfigError,
+    require,
+)
+from megatron_srft.config.methods import (
+    ADVANTAGES,
+    PRESETS,
+    AdvantageConfig,
+    Denominator,
+    GrpoConfig,
+    LuffyConfig,
+    ObjectiveConfig,
+    SftConfig,
+    SrftConfig,
+)
+from megatron_srft.config.rollouts import (
+    ExactRewardConfig,
+    FormatRewardConfig,
+    LocalRolloutConfig,
+    MathRewardConfig,
+    ReplayRolloutConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from megatron_srft.config.run import (
+    FIXED_OVER_STAGES,
+    RunConfig,
+    from_dict,
+    load,
+    merge,
+    parse_override,
+    to_dict,
+    to_yaml,
+)
+from megatron_srft.config.setup import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from megatron_srft.config.watching import (
+    AccountingConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ParityConfig,
+)
+
+__all__ = [
+    "ADVANTAGES",
+    "AccountingConfig",
+    "AdvantageConfig",
+    "BatchConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "Denominator",
+    "EvaluationConfig",
+    "ExactRewardConfig",
+    "FIXED_OVER_STAGES",
+    "FormatRewardConfig",
+    "GrpoConfig",
+    "LocalRolloutConfig",
+    "LoggingConfig",
+    "LuffyConfig",
+    "MathRewardConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PRESETS",
+    "ParallelConfig",
+    "ParityConfig",
+    "ReplayRolloutConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "SrftConfig",
+    "from_dict",
+    "load",
+    "merge",
+    "parse_override",
+    "require",
+    "to_dict",
+    "to_yaml",
+]

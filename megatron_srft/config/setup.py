@@ -1,0 +1,173 @@
+"""The policy and what it learns from: model, layout, optimizer, data, batches."""
+
+from typing import Literal
+
+from megatron_srft.config.base import require, section
+
+
+@section
+class ModelConfig:
+    path: str = ""
+    """Hugging Face folder to start from (config.json, *.safetensors, tokenizer files)."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained parameters and activations. bfloat16 keeps float32 master weights in the optimizer."""
+
+    trust_remote_code: bool = False
+    """Let transformers run Python code found in the model folder. Off unless you trust its author."""
+
+
+@section
+class ParallelConfig:
+    tensor: int = 1
+    """Tensor-parallel size: every weight matrix is cut over this many ranks."""
+
+    pipeline: int = 1
+    """Pipeline-parallel size: the layers are cut into this many stages."""
+
+    virtual_pipeline: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule). Needs pipeline > 1."""
+
+    sequence_parallel: bool = False
+    """Also cut the norm and residual activations along the sequence, over the tensor-parallel ranks."""
+
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+    overlap_communication: bool = False
+    """Overlap gradient reduction with the backward pass."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: selective recomputes core attention, full recomputes every layer."""
+
+    def __post_init__(self):
+        require(self.tensor >= 1, "parallel.tensor must be at least 1")
+        require(self.pipeline >= 1, "parallel.pipeline must be at least 1")
+        require(
+            self.virtual_pipeline is None or (self.virtual_pipeline >= 2 and self.pipeline > 1),
+            "parallel.virtual_pipeline must be at least 2 and needs parallel.pipeline > 1; leave it null otherwise",
+        )
+        require(
+            not self.sequence_parallel or self.tensor > 1,
+            "parallel.sequence_parallel needs parallel.tensor > 1; set it to false",
+        )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+@section
+class OptimizerConfig:
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after the warm-up, over the steps of the stage."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+
+    min_lr_ratio: float = 0.0
+    """The decay ends at lr * min_lr_ratio."""
+
+    adam_beta1: float = 0.9
+    """AdamW's first decay rate."""
+
+    adam_beta2: float = 0.999
+    """AdamW's second decay rate."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norm weights are exempt, as in Megatron."""
+
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 switches it off."""
+
+    def __post_init__(self):
+        require(self.lr >= 0, "optimizer.lr must not be negative")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        require(0 <= self.min_lr_ratio <= 1, "optimizer.min_lr_ratio must lie between 0 and 1")
+        require(self.clip_grad >= 0, "optimizer.clip_grad must not be negative; 0 switches clipping off")
+
+
+@section
+class DataConfig:
+    train: tuple[str, ...] = ()
+    """JSONL or parquet files with prompts, answers and optional demonstrations; rows are concatenated in this order."""
+
+    demonstrations: tuple[str, ...] = ()
+    """Optional extra files whose demonstrations are joined to the prompts of `train` by id."""
+
+    prompt_key: str | None = None
+    """Field with the prompt (a string or a list of chat messages). null: `prompt`, then `problem`, then `question`."""
+
+    answer_key: str | None = None
+    """Field with the reference answer. null: `answer`, then `reward_model.ground_truth` (verl)."""
+
+    demonstration_key: str | None = None
+    """Field with the demonstration(s). null: `demonstration`, then `demonstrations`, then `target` (LUFFY)."""
+
+    system_prompt: str | None = None
+    """Put before every chat prompt that does not bring its own system message."""
+
+    prompt_template: str | None = None
+    """Python format string with one field, {prompt}, applied to string prompts, e.g. '{prompt}\\nAnswer:'."""
+
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Render prompts with the tokenizer's chat template. auto: when the tokenizer has one."""
+
+    generation_prefix: str = ""
+    """Text that starts every response (for example '<think>\\n'); it becomes part of the prompt and is stripped from
+    the front of demonstrations."""
+
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+
+    overlong_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """What to do with a longer prompt; the count is reported."""
+
+    max_demonstration_tokens: int | None = None
+    """Longest demonstration, in tokens, with its end-of-sequence token. null: rollout.max_response_tokens."""
+
+    overlong_demonstrations: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a longer demonstration. A truncated one has no end token and never receives a reward."""
+
+    require_demonstration: bool = False
+    """Leave out prompts without a demonstration."""
+
+    shuffle: bool = True
+    """Visit the prompts in a new random order each epoch, a function of (seed, epoch)."""
+
+    def __post_init__(self):
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens must be at least 1")
+        require(
+            self.prompt_template is None or self.prompt_template.count("{prompt}") == 1,
+            "data.prompt_template must contain {prompt} exactly once",
+        )
+
+
+@section
+class BatchConfig:
+    prompts_per_step: int = 128
+    """Prompts drawn for one step, over all ranks."""
+
+    rollouts_per_prompt: int = 8
+    """Completions sampled for each prompt. The demonstration, where there is one, comes on top."""
+
+    tokens_per_microbatch: int = 8192
+    """Token budget of one packed micro-batch; a longer single sequence gets a micro-batch of its own."""
+
+    updates_per_step: int = 1
+    """Optimizer updates made from one step's rollouts, each over its own share of the prompts."""
+
+    def __post_init__(self):
+        for key in ("prompts_per_step", "rollouts_per_prompt", "tokens_per_microbatch", "updates_per_step"):
+            require(getattr(self, key) >= 1, f"batch.{key} must be at least 1")
+        require(
+            self.prompts_per_step % self.updates_per_step == 0,
+            "batch.prompts_per_step must be a multiple of batch.updates_per_step",
+        )

@@ -1,0 +1,90 @@
+"""Keeping, watching and guarding a run."""
+
+from typing import Literal
+
+from megatron_srft.config.base import require, section
+
+
+@section
+class CheckpointConfig:
+    every: int = 0
+    """Save the full state every N steps (and after the last step); 0 saves only after the last step."""
+
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted after the new one is complete."""
+
+    export_every: int = 0
+    """Write a Hugging Face folder every N steps; 0 writes only the final one."""
+
+    resume: bool = True
+    """Continue from the newest complete checkpoint in the run folder, if there is one."""
+
+
+@section
+class EvaluationConfig:
+    files: tuple[str, ...] = ()
+    """Held-out JSONL or parquet files; each is scored by the rewards' verifier."""
+
+    every: int = 0
+    """Evaluate every N steps, and before the first and after the last; 0 only before the first and after the last."""
+
+    samples: int = 1
+    """Completions per problem."""
+
+    temperature: float = 0.0
+    """Sampling temperature of the evaluation; 0 is greedy and needs samples = 1."""
+
+    top_p: float = 1.0
+    """Nucleus sampling of the evaluation."""
+
+    max_problems: int = 0
+    """Use only the first N problems of each file; 0 uses all."""
+
+    def __post_init__(self):
+        require(self.samples >= 1, "evaluation.samples must be at least 1")
+        require(
+            self.temperature > 0 or self.samples == 1,
+            "evaluation.samples > 1 needs evaluation.temperature > 0 (greedy samples are all the same)",
+        )
+
+
+@section
+class LoggingConfig:
+    tensorboard: bool = False
+    """Also write TensorBoard events to runs/<name>/tensorboard."""
+
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs `pip install wandb`)."""
+
+    sample_rollouts: int = 4
+    """Completions of each step kept for the report."""
+
+
+@section
+class ParityConfig:
+    every: int = 20
+    """Compare trainer and engine log-probs before the first update and then every N steps; 0 only at the start."""
+
+    max_mean_difference: float = 0.02
+    """Largest allowed mean |trainer - engine| log-prob difference, in nats."""
+
+    max_difference: float = 1.0
+    """Largest allowed single difference, in nats."""
+
+    on_failure: Literal["stop", "truncate", "mask"] = "stop"
+    """stop: end the run with a diagnosis. truncate / mask: go on with truncated or masked importance sampling."""
+
+    importance_limit: float = 2.0
+    """Truncate the importance weight at this value, or mask tokens beyond it."""
+
+
+@section
+class AccountingConfig:
+    max_verifier_failure_share: float = 0.1
+    """Stop when more than this share of a step's verifications crashed or ran out of time."""
+
+    max_truncated_share: float = 1.0
+    """Stop when more than this share of a step's completions hit the length limit."""
+
+    max_skipped_updates: int = 3
+    """Stop after this many consecutive optimizer updates that were skipped for a non-finite gradient."""
