@@ -31,9 +31,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 
+from megatron_srft.config import ConfigError
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.trainer import publish
-from megatron_srft.trainer.manifest import CheckpointError, Progress, read_progress
+from megatron_srft.trainer.manifest import CheckpointError, Progress, read_layout, read_progress
 from megatron_srft.trainer.publish import attempt
 
 # ---------------------------------------------------------------- saving
@@ -54,11 +55,17 @@ def save(
     """
     final = publish.path_of(folder, progress.step)
     partial = publish.partial_of(final)
+    layout = {
+        "tensor": size(groups.tensor),
+        "pipeline": size(groups.pipeline),
+        "data": size(groups.data),
+        "optimizer": _kind(optimizer),
+    }
     needed = _bytes_needed(chunks, optimizer) * size(groups.model)
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
         or _write(partial, _sharded_state(chunks, optimizer, groups, loading=False), groups)
-        or publish.complete(partial, final, progress, groups)
+        or publish.complete(partial, final, progress, layout, groups)
     )
     if problem is not None:
         if rank(groups.world) == 0:
@@ -118,7 +125,12 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
     """Fill model and optimizer from a checkpoint of any layout; without an optimizer only the weights are read.
 
     The checkpoint must have passed `manifest.verify`.
+
+    Raises:
+        ConfigError: the optimizer is of another kind than the one that was saved.
     """
+    if optimizer is not None:
+        _check_kind(path, optimizer)
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
     state = _sharded_state(chunks, optimizer, groups, loading=True)
     with _weights_only():
@@ -130,6 +142,23 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
             optimizer.load_state_dict(state["optimizer"])
             _unshare_steps(optimizer)
     return read_progress(path)
+
+
+def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:
+    saved, present = read_layout(path)["optimizer"], _kind(optimizer)
+    if saved == "none":
+        raise ConfigError(f"{path} holds weights without an optimizer; a run cannot go on from it")
+    if saved != present:
+        raise ConfigError(
+            f"{path} was saved by a {saved} optimizer; set parallel.distributed_optimizer to "
+            f"{str(saved == 'distributed').lower()} to go on from it"
+        )
+
+
+def _kind(optimizer: MegatronOptimizer | None) -> str:
+    if optimizer is None:
+        return "none"
+    return "distributed" if _distributed_parts(optimizer) else "replicated"
 
 
 @contextmanager
@@ -166,7 +195,8 @@ def _sharded_state(
     }
     if optimizer is not None:
         _make_moments(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+        with _buffers_with_padding(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     return state
 
 
@@ -174,9 +204,38 @@ def _model_key(number: int, chunks: list[GPTModel]) -> str:
     return "model" if len(chunks) == 1 else f"model{number}"
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+
+
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if part.optimizer is not None]
+    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+
+
+@contextmanager
+def _buffers_with_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let Megatron gather its buffers with the padding at the end of each bucket.
+
+    It takes that padding out, then cuts out the parameters at positions that count it: with more than one bucket, or a
+    padded last one, parts of the moments (and of the main weights) would be saved under another parameter or lost.
+    """
+    holders = [
+        (holder, holder.numel_unpadded, numel)
+        for part in _distributed_parts(optimizer)
+        for buffer in part.buffers
+        for holder, numel in [(buffer, buffer.numel), *((b, b.grad_data.numel()) for b in buffer.buckets)]
+    ]
+    for holder, _, padded in holders:
+        holder.numel_unpadded = padded
+    try:
+        yield
+    finally:
+        for holder, unpadded, _ in holders:
+            holder.numel_unpadded = unpadded
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:
@@ -194,9 +253,8 @@ def _make_moments(optimizer: MegatronOptimizer) -> None:
 
 def _keep_steps(optimizer: MegatronOptimizer) -> None:
     """Megatron's sharded loader expects a `step` per parameter in the file, where it is stored once; supply it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer):
-            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+    for part in _distributed_parts(optimizer):
+        part._set_main_param_and_optimizer_states = partial(_set_states, part)
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

@@ -87,6 +87,11 @@ def read_progress(path: Path) -> Progress:
     return Progress(**_read_manifest(path)["progress"])
 
 
+def read_layout(path: Path) -> dict[str, Any]:
+    """Sizes of the parallel groups that saved it, and the kind of optimizer: distributed, replicated or none."""
+    return _read_manifest(path)["layout"]
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
@@ -98,7 +103,7 @@ def _bad_manifest(path: Path) -> str | None:
         manifest = _read_manifest(path)
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, written by another version of megatron_srft"
-        read_progress(path)
+        read_progress(path), read_layout(path)["optimizer"]
         missing = sorted({*manifest["files"], *REQUIRED} - set(data_files(path)))
         unlisted = sorted({*REQUIRED} - {*manifest["files"]})
     except (OSError, ValueError, KeyError, TypeError) as error:

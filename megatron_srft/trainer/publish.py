@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_srft.distributed import ProcessGroups, all_gather_objects, rank, size
+from megatron_srft.distributed import ProcessGroups, all_gather_objects, rank
 from megatron_srft.trainer.manifest import (
     FORMAT,
     MANIFEST,
@@ -96,7 +97,9 @@ def check_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def complete(partial: Path, final: Path, progress: Progress, groups: ProcessGroups) -> str | None:
+def complete(
+    partial: Path, final: Path, progress: Progress, layout: dict[str, Any], groups: ProcessGroups
+) -> str | None:
     """Force every file to disk and take its checksum (shared over the ranks), write the manifest, rename.
 
     Returns the problem of any rank, on every rank, or None.
@@ -117,7 +120,7 @@ def complete(partial: Path, final: Path, progress: Progress, groups: ProcessGrou
         content = {
             "format": FORMAT,
             "progress": asdict(progress),
-            "layout": {"tensor": size(groups.tensor), "pipeline": size(groups.pipeline), "data": size(groups.data)},
+            "layout": layout,
             "files": files,
         }
         _write_durably(partial / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
