@@ -7,7 +7,6 @@ publish.py makes it appear as a whole; manifest.py says which checkpoint is inta
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_srft.config import ConfigError
@@ -36,6 +34,7 @@ from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.trainer import publish
 from megatron_srft.trainer.manifest import CheckpointError, Progress, read_layout, read_progress
 from megatron_srft.trainer.publish import attempt
+from megatron_srft.trainer.state import kind, load_optimizer, model_key, sharded_state
 
 # ---------------------------------------------------------------- saving
 
@@ -59,12 +58,12 @@ def save(
         "tensor": size(groups.tensor),
         "pipeline": size(groups.pipeline),
         "data": size(groups.data),
-        "optimizer": _kind(optimizer),
+        "optimizer": kind(optimizer),
     }
     needed = _bytes_needed(chunks, optimizer) * size(groups.model)
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
-        or _write(partial, _sharded_state(chunks, optimizer, groups, loading=False), groups)
+        or _write(partial, sharded_state(chunks, optimizer, groups, loading=False), groups)
         or publish.complete(partial, final, progress, layout, groups)
     )
     if problem is not None:
@@ -132,20 +131,18 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
     if optimizer is not None:
         _check_kind(path, optimizer)
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
-    state = _sharded_state(chunks, optimizer, groups, loading=True)
+    state = sharded_state(chunks, optimizer, groups, loading=True)
     with _weights_only():
         state = dist_checkpointing.load(state, str(path), strategy)
         for number, chunk in enumerate(chunks):
-            chunk.load_state_dict(state[_model_key(number, chunks)])
+            chunk.load_state_dict(state[model_key(number, chunks)])
         if optimizer is not None:
-            _keep_steps(optimizer)
-            optimizer.load_state_dict(state["optimizer"])
-            _unshare_steps(optimizer)
+            load_optimizer(optimizer, state["optimizer"])
     return read_progress(path)
 
 
 def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:
-    saved, present = read_layout(path)["optimizer"], _kind(optimizer)
+    saved, present = read_layout(path)["optimizer"], kind(optimizer)
     if saved == "none":
         raise ConfigError(f"{path} holds weights without an optimizer; a run cannot go on from it")
     if saved != present:
@@ -153,12 +150,6 @@ def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:
             f"{path} was saved by a {saved} optimizer; set parallel.distributed_optimizer to "
             f"{str(saved == 'distributed').lower()} to go on from it"
         )
-
-
-def _kind(optimizer: MegatronOptimizer | None) -> str:
-    if optimizer is None:
-        return "none"
-    return "distributed" if _distributed_parts(optimizer) else "replicated"
 
 
 @contextmanager
@@ -174,99 +165,3 @@ def _weights_only() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-
-
-# ---------------------------------------------------------------- megatron's state
-
-
-def _sharded_state(
-    chunks: list[GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroups, *, loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        # The one optimizer format that loads under another layout and data-parallel size.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": groups.data,
-    }
-    state = {
-        _model_key(number, chunks): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)
-    }
-    if optimizer is not None:
-        _make_moments(optimizer)
-        with _buffers_with_padding(optimizer):
-            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    return state
-
-
-def _model_key(number: int, chunks: list[GPTModel]) -> str:
-    return "model" if len(chunks) == 1 else f"model{number}"
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
-
-
-@contextmanager
-def _buffers_with_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let Megatron gather its buffers with the padding at the end of each bucket.
-
-    It takes that padding out, then cuts out the parameters at positions that count it: with more than one bucket, or a
-    padded last one, parts of the moments (and of the main weights) would be saved under another parameter or lost.
-    """
-    holders = [
-        (holder, holder.numel_unpadded, numel)
-        for part in _distributed_parts(optimizer)
-        for buffer in part.buffers
-        for holder, numel in [(buffer, buffer.numel), *((b, b.grad_data.numel()) for b in buffer.buckets)]
-    ]
-    for holder, _, padded in holders:
-        holder.numel_unpadded = padded
-    try:
-        yield
-    finally:
-        for holder, unpadded, _ in holders:
-            holder.numel_unpadded = unpadded
-
-
-def _make_moments(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state in the first step; a load, and a save before that step, want it there already."""
-    for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
-def _keep_steps(optimizer: MegatronOptimizer) -> None:
-    """Megatron's sharded loader expects a `step` per parameter in the file, where it is stored once; supply it."""
-    for part in _distributed_parts(optimizer):
-        part._set_main_param_and_optimizer_states = partial(_set_states, part)
-
-
-def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    group, order = part.model_param_group_index_map[parameter]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-    known = {"step": state["step"]} if "step" in state else {}
-    DistributedOptimizer._set_main_param_and_optimizer_states(part, parameter, {**known, **tensors})
-
-
-def _unshare_steps(optimizer: MegatronOptimizer) -> None:
-    """After a load all parameters hold one `step` tensor, which AdamW would raise once per parameter."""
-    for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
-            if "step" in state:
-                state["step"] = torch.as_tensor(state["step"]).clone()
