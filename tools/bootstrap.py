@@ -159,7 +159,8 @@ def install_torch(facts, borrowed):
         (site / "borrowed_torch.pth").write_text(borrowed + "\n", encoding="utf-8")
     else:
         run("[2/4] torch: installing it, the largest download", pip("-r", "requirements/torch.txt"), NETWORK)
-    check = [PYTHON, "-c", "import torch; print(torch.__version__)"]
+    # pip compares with the version in the metadata, which lacks the +cu130 that torch.__version__ may have.
+    check = [PYTHON, "-c", "import importlib.metadata as m, torch; print(m.version('torch'))"]
     remedy = "This torch does not work here. Name an interpreter without it (make setup PYTHON=...), or repair it."
     version = run("      checking that torch imports", check, remedy).splitlines()[-1]
     hold = VENV / "hold-torch.txt"
