@@ -44,6 +44,29 @@ def test_a_float_written_as_1e_6_in_the_file(tmp_path):
         ({"evaluation": {"samples": 4}}, "evaluation.samples > 1 needs evaluation.temperature > 0"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature must be above 0 for training"),
         ({"rollout": {"kind": "replay"}}, "rollout.folder must name a folder"),
+        ({"rollout": {"top_p": 0}}, "rollout.top_p must lie in (0, 1], not 0"),
+        (
+            {"rollout": {"max_concurrent_sequences": 0}},
+            "rollout.max_concurrent_sequences must be a number of at least 1",
+        ),
+        ({"rollout": {"dump_every": -1}}, "rollout.dump_every must be a number of at least 0, not -1"),
+        ({"rollout": {"stop": [""]}}, "rollout.stop holds an empty string"),
+        ({"evaluation": {"max_problems": -1}}, "evaluation.max_problems must be a number of at least 0, not -1"),
+        ({"evaluation": {"every": -1}}, "evaluation.every must be a number of at least 0, not -1"),
+        ({"checkpoint": {"keep": 0}}, "checkpoint.keep must be a number of at least 1, not 0"),
+        ({"parity": {"max_difference": float("nan")}}, "parity.max_difference must be a number of at least 0, not nan"),
+        ({"optimizer": {"adam_beta1": 1}}, "optimizer.adam_beta1 must lie in [0, 1), not 1"),
+        ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay must be a number of at least 0"),
+        ({"seed": 2**63}, "seed must lie between 0 and 2**63 - 1"),
+        ({"name": ""}, "name must be the name of one folder, not ''"),
+        ({"name": "a/b"}, "name must be the name of one folder, not 'a/b'; run_dir says where that folder goes"),
+        ({"name": ".."}, "name must be the name of one folder, not '..'"),
+        ({"rewards": []}, "rewards has no verifier"),
+        ({"rewards": [{"kind": "format"}]}, "rewards has no verifier"),
+        ({"rewards": {"kind": "math"}}, "rewards needs a list, not {'kind': 'math'}"),
+        ({"objective": "srft"}, "objective needs keys of its own, as in objective: {key: value}, not 'srft'"),
+        ({"optimizer": None}, "optimizer needs keys of its own"),
+        ({"stages": [{"name": "a", "batch": {"prompts_per_step": 0}}]}, "stages.0: batch.prompts_per_step must be at"),
         ({"stages": [{"steps": 5}]}, "stages.0 needs a name"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "stages.1.name 'a' is used twice"),
         ({"stages": [{"name": "a", "model": {}}]}, "stages.0.model cannot differ between stages"),
@@ -153,3 +176,21 @@ def test_the_tree_is_frozen():
 
 def test_a_plain_tree_of_the_defaults_gives_the_defaults():
     assert from_dict(to_dict(from_dict({}))) == from_dict({})
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = write(tmp_path, "name: a\noptimizer:\n  lr: 1\n  lr: 2\n")
+    with pytest.raises(ConfigError, match=r"config.yaml:4: not valid YAML: the key lr stands there twice"):
+        load(path)
+
+
+def test_yaml_anchors_and_merges_are_not_taken_for_a_key_given_twice(tmp_path):
+    text = "data: &d {max_prompt_tokens: 5}\nstages: [{name: a, data: {<<: *d, shuffle: false}}, {name: b, data: *d}]"
+    config = load(write(tmp_path, text))
+    assert [c.data.max_prompt_tokens for _, c in config.stage_configs()] == [5, 5]
+
+
+def test_a_config_in_another_encoding(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("name: ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"c.yaml: not UTF-8 text \(.* at byte 6\); convert the file"):
+        load(tmp_path / "c.yaml")

@@ -1,6 +1,8 @@
 """What every section of the config is made with."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pydantic
 
@@ -20,3 +22,13 @@ def section(cls):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def require_at_least(least: float, settings: Any, section_name: str, *names: str) -> None:
+    """Each of these fields is null or a finite number of at least `least`; NaN is refused too."""
+    for name in names:
+        value = getattr(settings, name)
+        require(
+            value is None or least <= value < math.inf,
+            f"{section_name}.{name} must be a number of at least {least:g}, not {value}",
+        )

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from megatron_srft.config.base import require, section
+from megatron_srft.config.base import require, require_at_least, section
 
 Denominator = Literal["tokens", "sequence_mean", "sequence_sum", "constant"]
 """How a sum over one token population becomes a mean; every count is global over the optimizer update.
@@ -29,6 +29,9 @@ class AdvantageConfig:
 
     std_epsilon: float = 1e-6
     """Added to the standard deviation; a group with equal rewards gets advantage 0 whatever this is."""
+
+    def __post_init__(self):
+        require_at_least(0, self, "advantage", "std_epsilon")
 
 
 def _require_positive(objective: Any, *names: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megatron_srft.config.base import ConfigError, require, section
+from megatron_srft.config.base import ConfigError, require, require_at_least, section
 
 
 @section
@@ -26,10 +26,10 @@ class SamplingConfig:
     """Strings that end a completion; the stop string stays in the text."""
 
     def __post_init__(self):
-        require(self.temperature >= 0, "temperature must not be negative")
-        require(0 < self.top_p <= 1, "top_p must lie in (0, 1]")
-        require(self.top_k >= 0, "top_k must not be negative; 0 keeps all tokens")
-        require(self.max_response_tokens >= 1, "max_response_tokens must be at least 1")
+        require_at_least(0, self, "rollout", "temperature", "top_k")
+        require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], not {self.top_p}")
+        require_at_least(1, self, "rollout", "max_response_tokens")
+        require("" not in self.stop, "rollout.stop holds an empty string, which would end every completion; remove it")
 
 
 @section
@@ -41,6 +41,11 @@ class LocalRolloutConfig(SamplingConfig):
 
     dump_every: int = 0
     """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""
+
+    def __post_init__(self):
+        SamplingConfig.__post_init__(self)
+        require_at_least(1, self, "rollout", "max_concurrent_sequences")
+        require_at_least(0, self, "rollout", "dump_every")
 
 
 @section
@@ -56,6 +61,7 @@ class ReplayRolloutConfig(SamplingConfig):
     def __post_init__(self):
         SamplingConfig.__post_init__(self)
         require(bool(self.folder), "rollout.folder must name a folder with dumped rollouts")
+        require_at_least(0, self, "rollout", "dump_every")
 
 
 @section

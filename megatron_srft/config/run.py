@@ -82,8 +82,14 @@ class RunConfig:
     """Native megatron-core TransformerConfig fields under their own names; checked where megatron is imported."""
 
     def __post_init__(self):
+        plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\0")
+        require(plain, f"name must be the name of one folder, not {self.name!r}; run_dir says where that folder goes")
         require(self.steps >= 0, "steps must not be negative")
-        require(self.seed >= 0, "seed must not be negative")
+        require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {self.seed}")
+        require(
+            self.objective.kind == "sft" or any(reward.kind in VERIFIERS for reward in self.rewards),
+            "rewards has no verifier, so no answer could be right; add an item of kind math or exact",
+        )
         require(
             self.rollout.kind != "replay" or not self.evaluation.files,
             "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
@@ -138,10 +144,26 @@ class RunConfig:
         return out
 
 
+VERIFIERS = ("math", "exact")
+"""Kinds of rewards that judge an answer."""
+
 FIXED_OVER_STAGES = {"name", "run_dir", "seed", "stages", "model", "parallel", "megatron", "logging", "checkpoint"}
 
 
 # ---------------------------------------------------------------- loading
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value} stands there twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None)
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -152,10 +174,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file") from None
+    except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
@@ -250,9 +274,13 @@ def _explain(error: pydantic.ValidationError, prefix: str) -> str:
     if first["type"] == "union_tag_not_found":
         return f"{key} needs a kind"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return f"{prefix.rstrip('.')}: {first['ctx']['error']}" if prefix else str(first["ctx"]["error"])
     if first["type"] == "tuple_type" and isinstance(first["input"], (str, int, float)):
         return f"{key} needs a list; write {key}: [{first['input']}]"
+    if first["type"] == "tuple_type":
+        return f"{key} needs a list, not {first['input']!r}"
+    if first["type"] in ("dataclass_type", "dict_type", "model_attributes_type"):
+        return f"{key} needs keys of its own, as in {key}: {{key: value}}, not {first['input']!r}"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message} (got {first['input']!r})"
 

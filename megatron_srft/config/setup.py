@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megatron_srft.config.base import require, section
+from megatron_srft.config.base import require, require_at_least, section
 
 
 @section
@@ -88,10 +88,11 @@ class OptimizerConfig:
     """Global gradient-norm clip; 0 switches it off."""
 
     def __post_init__(self):
-        require(self.lr >= 0, "optimizer.lr must not be negative")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        require_at_least(0, self, "optimizer", "lr", "warmup_steps", "adam_epsilon", "weight_decay", "clip_grad")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), not {value}")
         require(0 <= self.min_lr_ratio <= 1, "optimizer.min_lr_ratio must lie between 0 and 1")
-        require(self.clip_grad >= 0, "optimizer.clip_grad must not be negative; 0 switches clipping off")
 
 
 @section
@@ -143,7 +144,7 @@ class DataConfig:
     """Visit the prompts in a new random order each epoch, a function of (seed, epoch)."""
 
     def __post_init__(self):
-        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens must be at least 1")
+        require_at_least(1, self, "data", "max_prompt_tokens", "max_demonstration_tokens")
         require(
             self.prompt_template is None or self.prompt_template.count("{prompt}") == 1,
             "data.prompt_template must contain {prompt} exactly once",

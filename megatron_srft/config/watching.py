@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megatron_srft.config.base import require, section
+from megatron_srft.config.base import require, require_at_least, section
 
 
 @section
@@ -18,6 +18,10 @@ class CheckpointConfig:
 
     resume: bool = True
     """Continue from the newest complete checkpoint in the run folder, if there is one."""
+
+    def __post_init__(self):
+        require_at_least(0, self, "checkpoint", "every", "export_every")
+        require_at_least(1, self, "checkpoint", "keep")
 
 
 @section
@@ -41,7 +45,9 @@ class EvaluationConfig:
     """Use only the first N problems of each file; 0 uses all."""
 
     def __post_init__(self):
-        require(self.samples >= 1, "evaluation.samples must be at least 1")
+        require_at_least(1, self, "evaluation", "samples")
+        require_at_least(0, self, "evaluation", "every", "temperature", "max_problems")
+        require(0 < self.top_p <= 1, f"evaluation.top_p must lie in (0, 1], not {self.top_p}")
         require(
             self.temperature > 0 or self.samples == 1,
             "evaluation.samples > 1 needs evaluation.temperature > 0 (greedy samples are all the same)",
@@ -58,6 +64,9 @@ class LoggingConfig:
 
     sample_rollouts: int = 4
     """Completions of each step kept for the report."""
+
+    def __post_init__(self):
+        require_at_least(0, self, "logging", "sample_rollouts")
 
 
 @section
@@ -77,14 +86,23 @@ class ParityConfig:
     importance_limit: float = 2.0
     """Truncate the importance weight at this value, or mask tokens beyond it."""
 
+    def __post_init__(self):
+        require_at_least(0, self, "parity", "every", "max_mean_difference", "max_difference")
+        require_at_least(1, self, "parity", "importance_limit")
+
 
 @section
 class AccountingConfig:
     max_verifier_failure_share: float = 0.1
-    """Stop when more than this share of a step's verifications crashed or ran out of time."""
+    """Stop when more than this share of a step's answers got no verdict: the verifier crashed or ran out of time, or
+    the reference cannot be read."""
 
     max_truncated_share: float = 1.0
     """Stop when more than this share of a step's completions hit the length limit."""
 
     max_skipped_updates: int = 3
     """Stop after this many consecutive optimizer updates that were skipped for a non-finite gradient."""
+
+    def __post_init__(self):
+        require_at_least(0, self, "accounting", "max_verifier_failure_share", "max_truncated_share")
+        require_at_least(0, self, "accounting", "max_skipped_updates")
