@@ -23,6 +23,9 @@ from megatron_srft.rewards.statistics import average_at_k, majority_at_k, pass_a
 from megatron_srft.rollout import RolloutEngine, collect, load_local_engine, load_tokenizer
 from megatron_srft.sample import Group
 
+STREAM = -1
+"""Takes the place of the step in the random streams of sampled answers; no training step has this number."""
+
 VERDICTS = ("verified", "no_answer")
 """Statuses with a verdict; the others are failures of the verifier or the reference, and count as wrong."""
 
@@ -120,7 +123,7 @@ def evaluate(
         prompts = list(dataset.prompts[: config.max_problems or None])
         passes = [(1, greedy), (config.samples, sampled)] if config.temperature else [(1, greedy)]
         answers = [
-            collect(engine, prompts, [None] * len(prompts), n, how, seed, 0, world, score=scorer.score)
+            collect(engine, prompts, [None] * len(prompts), n, how, seed, STREAM, world, score=scorer.score)
             for n, how in passes
         ]
         files[name] = summarise(*answers)

@@ -153,3 +153,22 @@ def test_two_files_of_one_name_are_refused(model_folder, tmp_path):
     twice = [("problems", load_problems((str(file),), config.data, tokenizer))] * 2
     with Scorer((ExactRewardConfig(),)) as scorer, pytest.raises(ConfigError, match="two files are called"):
         evaluate(None, scorer, twice, EvaluationConfig(), SamplingConfig(), 0, None)
+
+
+def test_sampled_answers_share_no_random_numbers_with_the_first_step(model_folder, tmp_path):
+    """Training on the evaluation's file must not repeat its answers."""
+    file = tmp_path / "problems.jsonl"
+    write_problems(file, ["?"] * 2)
+    asked = []
+
+    class Recorder:
+        def generate(self, requests, sampling):
+            asked.extend(requests)
+            return [completion(1) for _ in requests]
+
+    config = make_config(model_folder, files=[str(file)], samples=2, temperature=1.0)
+    datasets = [("problems", load_problems((str(file),), config.data, load_tokenizer(config.model)))]
+    with Scorer((ExactRewardConfig(),)) as scorer:
+        evaluate(Recorder(), scorer, datasets, config.evaluation, SamplingConfig(), 0, None)
+    assert len(asked) == 2 + 4
+    assert all(request.step < 0 for request in asked)

@@ -1,5 +1,6 @@
 """One step's groups: prompts shared over all ranks, completions sampled, everything gathered on every rank."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from megatron_srft import distributed
@@ -34,8 +35,8 @@ def collect(
         One group per prompt, in the order of `prompts`; the same list on every rank.
     """
     assert len(demonstrations) == len(prompts)
-    own = share(prompts, world)
-    requests = [Request(prompt=prompts[i], sample=s, seed=seed, step=step) for i in own for s in range(n)]
+    own, first = share(prompts, world), first_samples(prompts, n)
+    requests = [Request(prompt=prompts[i], sample=first[i] + s, seed=seed, step=step) for i in own for s in range(n)]
     completions = engine.generate(requests, sampling) if requests else []
     groups = [
         Group(
@@ -48,6 +49,19 @@ def collect(
     if score is not None:
         groups = score(groups)
     return gather(dict(zip(own, groups, strict=True)), prompts, demonstrations, world)
+
+
+def first_samples(prompts: list[Prompt], n: int) -> list[int]:
+    """Number of each prompt's first sample: 0, or n * k for a prompt that stands k times before it.
+
+    A step that straddles two epochs can hold a prompt twice; numbered alike, its groups would be the same completions.
+    """
+    seen: Counter[str] = Counter()
+    first = []
+    for prompt in prompts:
+        first.append(n * seen[prompt.id])
+        seen[prompt.id] += 1
+    return first
 
 
 def share(prompts: list[Prompt], world: distributed.Group) -> list[int]:

@@ -21,13 +21,13 @@ class Request:
     prompt: Prompt
 
     sample: int
-    """Number of the completion within its group, from 0."""
+    """Number of the completion within its group, from 0; a prompt's second group in the same step goes on counting."""
 
     seed: int
     """The run's seed."""
 
     step: int = 0
-    """The training step, or for an evaluation the step after which it runs."""
+    """The training step; evaluate.STREAM for an evaluation, whose answers share no random numbers with training."""
 
 
 class RolloutEngine(Protocol):

@@ -21,7 +21,8 @@ class ReplayEngine:
             raise ValueError(f"rollout.folder {folder} does not exist; name a folder with dumped rollouts")
         self.folder = folder
         self.step: int | None = None
-        self.groups: dict[str, Group] = {}
+        self.groups: dict[str, list[Group]] = {}
+        """The step's groups by prompt; a step that straddles two epochs can hold a prompt twice."""
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Nothing to do: the weights are not even gathered, on any rank."""
@@ -38,7 +39,9 @@ class ReplayEngine:
     def _find(self, request: Request, n: int) -> Completion:
         if request.step != self.step:
             path = self._path(request.step)
-            self.groups = {group.prompt.id: group for group in load_dump(path)}
+            self.groups = {}
+            for group in load_dump(path):
+                self.groups.setdefault(group.prompt.id, []).append(group)
             self.step = request.step
         prompt, where = request.prompt, f"step {request.step} of {self.folder}"
         if prompt.id not in self.groups:
@@ -46,15 +49,17 @@ class ReplayEngine:
                 f"prompt {prompt.id} is not in {where}; a replay needs the seed, the data files and the batch of the "
                 "run that dumped it, and cannot evaluate (set evaluation.files to [])"
             )
-        group = self.groups[prompt.id]
-        if not np.array_equal(group.prompt.token_ids, prompt.token_ids):
+        groups = self.groups[prompt.id]
+        if not np.array_equal(groups[0].prompt.token_ids, prompt.token_ids):
             raise ValueError(f"prompt {prompt.id} has other tokens in {where}; tokenizer or template have changed")
-        if n != len(group.completions):
+        size = len(groups[0].completions)
+        number, sample = divmod(request.sample, size)
+        if n % size or number >= len(groups):
             raise ValueError(
-                f"prompt {prompt.id} has {len(group.completions)} completions in {where}, this run asks for {n}; "
-                f"set batch.rollouts_per_prompt to {len(group.completions)}"
+                f"prompt {prompt.id} has {size} completions in {where}, this run asks for {n}; "
+                f"set batch.rollouts_per_prompt to {size}"
             )
-        return group.completions[request.sample]
+        return groups[number].completions[sample]
 
     def _path(self, step: int) -> Path:
         packed = dump_path(self.folder, step)

@@ -76,3 +76,12 @@ def test_every_prompt_has_one_rank_and_long_ones_are_spread(monkeypatch, prompts
     if ranks <= 3:
         tokens = [sum(len(prompts[i].token_ids) for i in own) for own in shares]
         assert max(tokens) - min(tokens) <= 4
+
+
+def test_a_prompt_that_stands_twice_in_a_step_gets_other_completions(folders, prompts):
+    """A step that straddles two epochs; the same samples twice would be one group counted double."""
+    once = [c[2] for c in collect_here(folders["qwen2"], [*prompts[:3]], None)]
+    twice = [c[2] for c in collect_here(folders["qwen2"], [*prompts[:3], prompts[1]], None)]
+    tokens = [[completion[0] for completion in group] for group in twice]
+    assert tokens[:3] == [[completion[0] for completion in group] for group in once]
+    assert not any(sample in tokens[1] for sample in tokens[3])

@@ -116,3 +116,15 @@ def test_a_replay_that_does_not_fit_says_why(tmp_path):
         ask(replace(prompt, token_ids=prompt.token_ids + 1), 3)
     with pytest.raises(ValueError, match="rollout.folder .* does not exist"):
         ReplayEngine(tmp_path / "nowhere")
+
+
+def test_a_prompt_that_stood_twice_in_a_step_comes_back_in_order(tmp_path):
+    one, other = make_group(1), make_group(2)
+    again = replace(one, completions=tuple(replace(c, text="second") for c in one.completions))
+    dump([one, other, again], dump_path(tmp_path, 0))
+    prompts = [g.prompt for g in (one, other, again)]
+    replayed = collect(ReplayEngine(tmp_path), prompts, [None] * 3, 3, SAMPLING, 99, 0, None)
+    for before, after in zip((one, other, again), replayed, strict=True):
+        assert_same(before.completions, after.completions)
+    with pytest.raises(ValueError, match="3 completions .* asks for 2"):
+        collect(ReplayEngine(tmp_path), prompts[:2], [None] * 2, 2, SAMPLING, 99, 0, None)
