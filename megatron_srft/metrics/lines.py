@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,13 +50,16 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def discard_from(path: Path, step: int) -> int:
+def discard_from(path: Path, step: int, keep: Callable[[dict[str, Any]], bool] | None = None) -> int:
     """Remove the lines of `step` and later (and a half-written last line), which a resumed run logs again.
+
+    Args:
+        keep: of the lines of `step` itself, those that stay; None: none.
 
     Returns the number of whole lines removed. The file is replaced in one move, so a kill in between loses nothing.
     """
     records = read_lines(path)
-    kept = [record for record in records if record["step"] < step]
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and keep is not None and keep(r))]
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept).encode()
     if path.exists() and path.read_bytes() != text:
         temporary = path.with_name(path.name + ".tmp")

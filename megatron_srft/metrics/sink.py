@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_srft.metrics.lines import METRICS_FILE, append_line, discard_from, is_training
+from megatron_srft.metrics.lines import (
+    LINE_FIELDS,
+    METRICS_FILE,
+    append_line,
+    discard_from,
+    is_training,
+    read_metrics,
+)
 from megatron_srft.metrics.progress import PlainProgress, TerminalProgress, evaluation_text
 
 NONFINITE_KEY = "accounting/nonfinite_metrics"
@@ -48,7 +55,8 @@ class MetricSink:
         config: config.LoggingConfig.
         total_steps: training steps of the whole run, over all stages.
         start_step: steps already done (0, or the resumed checkpoint's). Lines of this step and later are removed from
-            metrics.jsonl first, because a run killed between logging and saving repeats them.
+            metrics.jsonl first, because a run killed between logging and saving repeats them; but not an evaluation
+            in the middle of the run, which was made before the checkpoint.
         settings: the resolved config as a plain tree, shown by W&B.
         stream: where the progress goes; a terminal gets a live bar, anything else one plain line per step.
 
@@ -71,7 +79,8 @@ class MetricSink:
         self._folder, self._total = Path(folder), total_steps
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS_FILE
-        removed = discard_from(path, start_step)
+        # Before the first step and after the last every start evaluates anew.
+        removed = discard_from(path, start_step, _is_evaluation if 0 < start_step < total_steps else None)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = self._open_tensorboard(start_step) if config.tensorboard else None
         self._wandb = self._open_wandb(config.wandb_project, settings) if config.wandb_project is not None else None
@@ -87,7 +96,11 @@ class MetricSink:
     def _open_tensorboard(self, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step)
+        writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step)
+        for line in read_metrics(self._folder):
+            if line["step"] == start_step:  # a kept evaluation, which the purge takes away
+                _add_scalars(writer, start_step, {k: v for k, v in line.items() if k not in LINE_FIELDS})
+        return writer
 
     def _open_wandb(self, project: str, settings: Mapping[str, Any] | None):
         import wandb
@@ -116,13 +129,10 @@ class MetricSink:
         if bad:
             clean[NONFINITE_KEY] = clean.get(NONFINITE_KEY, 0.0) + len(bad)
         append_line(self._file, {"step": step, "stage": stage, "timestamp": round(time.time(), 3), **clean})
-        finite = {key: value for key, value in clean.items() if value is not None}
         if self._tensorboard is not None:
-            for key, value in finite.items():
-                self._tensorboard.add_scalar(key, value, step)
-            self._tensorboard.flush()
+            _add_scalars(self._tensorboard, step, clean)
         if self._wandb is not None:
-            self._wandb.log(finite, step=step)
+            self._wandb.log({key: value for key, value in clean.items() if value is not None}, step=step)
         self._show(step, stage, clean, bad)
 
     def _show(self, step: int, stage: str, values: Mapping[str, float | None], bad: list[str]) -> None:
@@ -153,6 +163,17 @@ class MetricSink:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return not is_training(line)
+
+
+def _add_scalars(writer: Any, step: int, values: Mapping[str, float | None]) -> None:
+    for key, value in values.items():
+        if value is not None:
+            writer.add_scalar(key, value, step)
+    writer.flush()
 
 
 class NullSink:

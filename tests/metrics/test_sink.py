@@ -174,3 +174,31 @@ def test_importing_pulls_in_only_the_standard_library():
         "print(sorted(new - set(sys.stdlib_module_names) - {'megatron_srft'}))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def log_with_evaluations(folder, config=None):
+    with open_sink(folder, config) as sink:
+        for step in range(11):
+            if step in (0, 4, 8, 10):
+                sink.log(step, {"eval/a/greedy": step / 16}, "srft")
+            if step < 10:
+                sink.log(step, {"loss": 1.0}, "srft")
+
+
+@pytest.mark.parametrize("start, evaluated", [(0, []), (4, [0, 4]), (10, [0, 4, 8])])
+def test_an_evaluation_right_before_the_checkpoint_stays(tmp_path, start, evaluated):
+    """Nobody makes it again, but for the ones before the first step and after the last."""
+    log_with_evaluations(tmp_path)
+    open_sink(tmp_path, start_step=start).close()
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "eval/a/greedy" in line] == evaluated
+    assert [line["step"] for line in lines if "loss" in line] == list(range(start))
+
+
+def test_tensorboard_too_keeps_the_evaluation_right_before_the_checkpoint(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log_with_evaluations(tmp_path, LoggingConfig(tensorboard=True))
+    open_sink(tmp_path, LoggingConfig(tensorboard=True), start_step=4).close()
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("eval/a/greedy")] == [(0, 0.0), (4, 0.25)]
