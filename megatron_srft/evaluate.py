@@ -98,6 +98,20 @@ class EvaluationResult:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+def load_held_out(config: RunConfig, tokenizer: Any) -> list[tuple[str, Dataset]]:
+    """(name, problems) of each of evaluation.files; at most evaluation.max_problems of each.
+
+    Raises:
+        ConfigError, ValueError: two files have one name, or one cannot be read.
+    """
+    names = [Path(path).stem for path in config.evaluation.files]
+    require(len(set(names)) == len(names), f"evaluation.files: two files are called {names}; rename one")
+    return [
+        (name, load_problems((path,), config.data, tokenizer, config.evaluation.max_problems))
+        for name, path in zip(names, config.evaluation.files, strict=True)
+    ]
+
+
 def evaluate(
     engine: RolloutEngine,
     scorer: Scorer,
@@ -110,17 +124,15 @@ def evaluate(
     """Answer every problem with the engine's current weights and score the answers.
 
     Args:
-        datasets: (name, problems) of each file, the same on every rank; at most config.max_problems of each are used.
+        datasets: (name, problems) of each file, the same on every rank.
         sampling: gives the length limit and the stop strings; temperature and top_p come from `config`.
         world: shares the problems; every rank returns the same result.
     """
-    names = [name for name, _ in datasets]
-    require(len(set(names)) == len(names), f"evaluation.files: two files are called {names}; rename one")
     greedy = SamplingConfig(temperature=0.0, max_response_tokens=sampling.max_response_tokens, stop=sampling.stop)
     sampled = dataclasses.replace(greedy, temperature=config.temperature, top_p=config.top_p)
     files, greedy_answers = {}, {}
     for name, dataset in datasets:
-        prompts = list(dataset.prompts[: config.max_problems or None])
+        prompts = list(dataset.prompts)
         passes = [(1, greedy), (config.samples, sampled)] if config.temperature else [(1, greedy)]
         answers = [
             collect(engine, prompts, [None] * len(prompts), n, how, seed, STREAM, world, score=scorer.score)
@@ -190,13 +202,7 @@ def evaluate_folder(
     require(config.rollout.kind == "local", "rollout.kind must be local for an evaluation; a replay cannot answer")
     model = dataclasses.replace(config.model, path=str(model_folder))
     tokenizer = load_tokenizer(model)
-    datasets = [
-        (
-            Path(path).stem,
-            load_problems((path,), config.data, tokenizer, config.evaluation.max_problems),
-        )
-        for path in config.evaluation.files
-    ]
+    datasets = load_held_out(config, tokenizer)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     with Scorer(config.rewards) as scorer:
         scorer.self_test()

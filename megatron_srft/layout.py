@@ -104,8 +104,7 @@ def batch_arithmetic(config: RunConfig, data_ranks: int, prompt_tokens: float) -
     """
     batch, is_sft = config.batch, config.objective.kind == "sft"
     rollouts = 0 if is_sft else batch.prompts_per_step * batch.rollouts_per_prompt
-    uses_demonstrations = config.objective.kind != "grpo"
-    demonstrations = batch.prompts_per_step if uses_demonstrations else 0
+    demonstrations = batch.prompts_per_step if config.uses_demonstrations else 0
     sequences = (rollouts + demonstrations) // batch.updates_per_step
     longest = config.data.max_prompt_tokens + longest_response(config)
     share = -(-sequences // data_ranks)

@@ -1,7 +1,6 @@
 """One run: its parts, and the stages of the loop as methods, in the order in which `train.train` calls them."""
 
 import logging
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from megatron_srft.advantages import group_statistics
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
 from megatron_srft.config import ConfigError, RunConfig
-from megatron_srft.data import Dataset, PromptStream, choose_demonstration, load_dataset, load_problems
+from megatron_srft.data import Dataset, PromptStream, choose_demonstration, load_dataset
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
-from megatron_srft.evaluate import evaluate
+from megatron_srft.evaluate import evaluate, load_held_out
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
@@ -39,8 +38,6 @@ class Stage:
     number: int
     name: str
     config: RunConfig
-    first_step: int
-    """Steps of the run before this stage."""
 
     @property
     def samples_rollouts(self) -> bool:
@@ -65,7 +62,6 @@ class Session:
         self.config = self.stage.config
 
         self.tokenizer = load_tokenizer(self.config.model)
-        self.held_out = _load_held_out(self.config, self.tokenizer)
         self._load_data()
         self.scorer = Scorer(self.config.rewards)
         self.scorer.self_test()
@@ -90,16 +86,17 @@ class Session:
     def begin_stage(self, stage: Stage) -> None:
         """Switch to a stage's settings; the first one of this process is already set up."""
         if stage is not self.stage:
-            reload_data = stage.config.data != self.config.data or stage.samples_rollouts != self.stage.samples_rollouts
-            rewards_differ = stage.config.rewards != self.config.rewards
+            before = self.config
             self.stage, self.config, self.stage_step, self.parity_due = stage, stage.config, 0, True
-            if reload_data:
-                self._load_data()
-            if rewards_differ:
+            self._load_data()
+            if self.config.rewards != before.rewards:
                 self.scorer.close()
                 self.scorer = Scorer(self.config.rewards)
                 self.scorer.self_test()
             self.trainer.begin_stage(self.config, self.config.steps)
+            if self.config.rollout != before.rollout:
+                self.engine, self.synced_version = None, None  # two engines at a time could be too many
+                self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         if self.step == 0:
             self._evaluate()
 
@@ -113,7 +110,8 @@ class Session:
 
     def roll_out(self, prompts: list[Prompt]) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step."""
-        demonstrations = [choose_demonstration(p, self.config.seed, self.step) for p in prompts]
+        shown = self.config.uses_demonstrations
+        demonstrations = [choose_demonstration(p, self.config.seed, self.step) if shown else None for p in prompts]
         if not self.stage.samples_rollouts:
             return [
                 Group(prompt=p, completions=(), demonstration=d) for p, d in zip(prompts, demonstrations, strict=True)
@@ -176,8 +174,10 @@ class Session:
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Log the step, guard its figures, and evaluate, save and export where that is due."""
         metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
-        metrics |= {"ranks": size(self.groups.world), **self.timer.take()}
-        metrics["tokens/s"] = metrics["count/tokens"] / metrics["time/step"]
+        seconds = self.timer.take()
+        metrics |= {"ranks": size(self.groups.world), **seconds}
+        between_steps = seconds.get("time/evaluate", 0.0) + seconds.get("time/save", 0.0)
+        metrics["tokens/s"] = metrics["count/tokens"] / (seconds["time/step"] - between_steps)
         self.sink.log(self.step, metrics, self.stage.name)
         if is_main():
             log_samples(self.folder, self.step, groups, self.config.logging.sample_rollouts)
@@ -295,8 +295,11 @@ class Session:
         dataset = load_dataset(self.config.data, self.config.rollout, self.tokenizer)
         prompts = _usable(dataset, self.stage)
         self.stream = PromptStream(prompts, self.config.seed, self.config.data.shuffle)
+        self.held_out = load_held_out(self.config, self.tokenizer)
         if is_main():
-            log.info("%s", dataset.report)
+            print(f"data: {dataset.report}")
+            for name, problems in self.held_out:
+                print(f"evaluation {name}: {problems.report}", flush=True)
 
     def _find_checkpoint(self, config: RunConfig):
         folder = self.folder / "checkpoints"
@@ -347,11 +350,7 @@ class Session:
 
 
 def _stages(config: RunConfig) -> list[Stage]:
-    stages, first_step = [], 0
-    for number, (name, stage_config) in enumerate(config.stage_configs()):
-        stages.append(Stage(number=number, name=name, config=stage_config, first_step=first_step))
-        first_step += stage_config.steps
-    return stages
+    return [Stage(number=i, name=name, config=settings) for i, (name, settings) in enumerate(config.stage_configs())]
 
 
 def _stage_of(progress: Progress, stages: list[Stage]) -> Stage:
@@ -362,16 +361,6 @@ def _stage_of(progress: Progress, stages: list[Stage]) -> Stage:
             f"{', '.join(s.name for s in stages)}; name the stage as before, or choose another name for a new run"
         )
     return stage
-
-
-def _load_held_out(config: RunConfig, tokenizer) -> list[tuple[str, Dataset]]:
-    return [
-        (
-            os.path.splitext(os.path.basename(path))[0],
-            load_problems((path,), config.data, tokenizer, config.evaluation.max_problems),
-        )
-        for path in config.evaluation.files
-    ]
 
 
 def _usable(dataset: Dataset, stage: Stage) -> tuple[Prompt, ...]:

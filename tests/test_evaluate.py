@@ -7,7 +7,7 @@ import pytest
 from tiny_models import make_model
 
 from megatron_srft import config as configuration
-from megatron_srft.config import ConfigError, EvaluationConfig, ExactRewardConfig, SamplingConfig
+from megatron_srft.config import ConfigError, ExactRewardConfig, SamplingConfig
 from megatron_srft.data import load_problems
 from megatron_srft.evaluate import ballot_sizes, evaluate, evaluate_folder, summarise
 from megatron_srft.rewards import Scorer
@@ -146,13 +146,12 @@ def test_what_is_missing_is_named(model_folder, tmp_path):
 
 
 def test_two_files_of_one_name_are_refused(model_folder, tmp_path):
-    config = make_config(model_folder)
-    tokenizer = load_tokenizer(config.model)
-    file = tmp_path / "problems.jsonl"
-    write_problems(file, ["?"] * 2)
-    twice = [("problems", load_problems((str(file),), config.data, tokenizer))] * 2
-    with Scorer((ExactRewardConfig(),)) as scorer, pytest.raises(ConfigError, match="two files are called"):
-        evaluate(None, scorer, twice, EvaluationConfig(), SamplingConfig(), 0, None)
+    (tmp_path / "more").mkdir()
+    files = [tmp_path / "problems.jsonl", tmp_path / "more" / "problems.jsonl"]
+    for file in files:
+        write_problems(file, ["?"] * 2)
+    with pytest.raises(ConfigError, match="two files are called"):
+        evaluate_folder(model_folder, make_config(model_folder, files=[str(file) for file in files]))
 
 
 def test_sampled_answers_share_no_random_numbers_with_the_first_step(model_folder, tmp_path):

@@ -104,6 +104,11 @@ class RunConfig:
         """The run folder."""
         return Path(self.run_dir) / self.name
 
+    @property
+    def uses_demonstrations(self) -> bool:
+        """Whether a step has demonstrations. GRPO learns nothing from them; its advantage may count them if told to."""
+        return self.objective.kind != "grpo" or bool(self.advantage.include_demonstration)
+
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""
         objective = self.objective

@@ -101,7 +101,7 @@ class AccountingConfig:
     """Stop when more than this share of a step's completions hit the length limit."""
 
     max_skipped_updates: int = 3
-    """Stop after this many consecutive optimizer updates that were skipped for a non-finite gradient."""
+    """Stop when more than this many optimizer updates in a row were skipped for a gradient that was not finite."""
 
     def __post_init__(self):
         require_at_least(0, self, "accounting", "max_verifier_failure_share", "max_truncated_share")

@@ -1,0 +1,81 @@
+"""Whole runs in this process: what a change of stage must change, and what a run says about its data."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from runs import write_inputs
+
+from megatron_srft import config as configuration
+from megatron_srft.metrics import read_metrics
+from megatron_srft.rollout import dump, dump_path, load_dump
+from megatron_srft.train import run_training
+
+
+def write_problems(path, count):
+    path.write_text("".join(json.dumps({"prompt": f"{i}+0=", "answer": str(i)}) + "\n" for i in range(count)))
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """SRFT with one held-out file, then GRPO with another; the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, count in (("easy", 2), ("hard", 3)):
+        write_problems(folder / f"{name}.jsonl", count)
+    path = write_inputs(
+        folder,
+        name="two",
+        evaluation={"files": [str(folder / "easy.jsonl")]},
+        stages=[
+            {"name": "first", "steps": 1},
+            {
+                "name": "second",
+                "steps": 1,
+                "objective": {"kind": "grpo"},
+                "evaluation": {"files": [str(folder / "hard.jsonl")]},
+            },
+        ],
+    )
+    run_training(configuration.load(path))
+    return folder
+
+
+def test_each_stage_answers_its_own_problems(two_stages):
+    lines = read_metrics(two_stages / "runs" / "two")
+    held_out = [(line["step"], key) for line in lines for key in line if key.endswith("/greedy")]
+    assert held_out == [(0, "eval/easy/greedy"), (2, "eval/hard/greedy")]
+
+
+def test_grpo_has_no_demonstrations_to_process(two_stages):
+    first, second = [line for line in read_metrics(two_stages / "runs" / "two") if "loss" in line]
+    assert first["count/demonstrations"] == 3
+    assert second["count/demonstrations"] == 0
+    groups = load_dump(dump_path(two_stages / "runs" / "two" / "rollouts", 1))
+    tokens = sum(len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions)
+    assert second["count/tokens"] == tokens
+
+
+def test_speed_leaves_out_evaluation(two_stages):
+    first = next(line for line in read_metrics(two_stages / "runs" / "two") if "loss" in line)
+    seconds = first["time/step"] - first["time/evaluate"]
+    assert first["tokens/s"] == pytest.approx(first["count/tokens"] / seconds)
+
+
+def test_a_stage_can_bring_another_engine_and_the_data_are_accounted_for(two_stages, tmp_path, capsys):
+    groups = load_dump(dump_path(two_stages / "runs" / "two" / "rollouts", 1))
+    marked = [replace(g, completions=tuple(replace(c, text="replayed") for c in g.completions)) for g in groups]
+    dump(marked, dump_path(tmp_path / "dump", 1))
+    path = write_inputs(
+        tmp_path,
+        name="replay",
+        stages=[
+            {"name": "first", "steps": 1},
+            {"name": "second", "steps": 1, "rollout": {"kind": "replay", "folder": str(tmp_path / "dump")}},
+        ],
+    )
+    config = configuration.load(path)
+    run_training(config)
+    samples = [json.loads(line) for line in (config.folder / "samples.jsonl").read_text().splitlines()]
+    assert {s["response"] for s in samples if s["step"] == 1} == {"replayed"}
+    assert "replayed" not in {s["response"] for s in samples if s["step"] == 0}
+    assert "12 prompts from 12 rows" in capsys.readouterr().out
