@@ -4,9 +4,11 @@ import os
 import shlex
 
 from megatron_srft import layout
-from megatron_srft.config import RunConfig
-from megatron_srft.data import load_dataset, load_problems
+from megatron_srft.config import RunConfig, require
+from megatron_srft.data import check_vocabulary, load_dataset, usable_prompts
+from megatron_srft.evaluate import load_held_out
 from megatron_srft.layout import Memory
+from megatron_srft.metrics import check_packages
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import load_tokenizer
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
@@ -27,7 +29,10 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     Raises:
         ValueError: the first thing that does not fit.
     """
+    require(ranks is None or ranks >= 1, f"--ranks must be at least 1, not {ranks}")
     world_size = ranks or int(os.environ.get("WORLD_SIZE", layout.smallest_world(config)))
+    check_run_folder(config)
+    check_packages(config.logging)
     check_world_size(config.parallel, world_size)
     model = read_model(config)
     stages = config.stage_configs()
@@ -45,8 +50,16 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     return 0
 
 
+def check_run_folder(config: RunConfig) -> None:
+    """Raise ConfigError when the run folder could not be made or written in; nothing is made here."""
+    nearest = next(path for path in (config.folder.absolute(), *config.folder.absolute().parents) if path.exists())
+    usable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    require(usable, f"run_dir: {config.folder} cannot be written, because of {nearest}; choose another run_dir or name")
+
+
 def read_model(config: RunConfig) -> Architecture:
     """The model's sizes, after checking that its folder holds every tensor they promise."""
+    require(bool(config.model.path), "model.path is not set; it must name a Hugging Face folder")
     folder = HfFolder(config.model.path)
     model = read_architecture(read_hf_config(config.model.path, config.model.trust_remote_code))
     check_names(folder.shapes(), model, str(folder.path))
@@ -79,13 +92,15 @@ def print_ranks(config: RunConfig, model: Architecture, world_size: int) -> None
 def print_stage(stage: RunConfig, model: Architecture, world_size: int, tokenizer) -> None:
     dataset = load_dataset(stage.data, stage.rollout, tokenizer)
     print(f"  data: {dataset.report.summary()}")
-    for file in stage.evaluation.files:
-        held_out = load_problems((file,), stage.data, tokenizer, stage.evaluation.max_problems)
-        print(f"  evaluation: {held_out.report.summary()}")
+    prompts = usable_prompts(dataset, stage)
+    check_vocabulary(prompts, model.vocab_size)
+    for name, held_out in load_held_out(stage, tokenizer):
+        check_vocabulary(held_out.prompts, model.vocab_size)
+        print(f"  evaluation {name}: {held_out.report.summary()}")
     with Scorer(stage.rewards) as scorer:
         scorer.self_test()
     print(f"  rewards: {', '.join(reward.kind for reward in stage.rewards)}; self-test passed")
-    lengths = [len(prompt.token_ids) for prompt in dataset.prompts]
+    lengths = [len(prompt.token_ids) for prompt in prompts]
     print_batch(stage, world_size, sum(lengths) / len(lengths))
     print_memory(stage, model, world_size)
 

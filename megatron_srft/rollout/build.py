@@ -51,11 +51,16 @@ def load_local_engine(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder. Raises ValueError when the folder has none."""
+    """The tokenizer of a Hugging Face folder. Raises ConfigError when the folder has none, or a damaged one."""
     folder = _model_folder(config)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ConfigError(f"model.path {folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception, json and transformers their own
+        raise ConfigError(
+            f"model.path {folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy its files anew"
+        ) from error
 
 
 def _model_folder(config: ModelConfig) -> Path:

@@ -10,6 +10,10 @@ from megatron_srft.config import SamplingConfig
 from megatron_srft.sample import Completion, Prompt
 
 
+class RolloutError(RuntimeError):
+    """Completions cannot be sampled with these weights; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One completion to sample.
@@ -45,4 +49,5 @@ class RolloutEngine(Protocol):
 
         Raises:
             ValueError: a request cannot be served (prompt and response exceed the model's positions, for example).
+            RolloutError: the weights give log-probs that are not finite.
         """

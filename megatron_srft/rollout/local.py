@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from megatron_srft.config import SamplingConfig
 from megatron_srft.rollout.cache import SlotCache
-from megatron_srft.rollout.engine import Request
+from megatron_srft.rollout.engine import Request, RolloutError
 from megatron_srft.rollout.sampling import sample, uniforms
 from megatron_srft.sample import Completion
 
@@ -71,6 +71,7 @@ class LocalEngine:
         check_lengths(requests, sampling.max_response_tokens, self.model.config.max_position_embeddings)
         decoding = Decoding(self, requests, sampling)
         decoding.run()
+        check_finite([sampled.logprobs for sampled in decoding.finished], self.policy_version)
         texts = self.tokenizer.batch_decode([s.token_ids for s in decoding.finished], skip_special_tokens=True)
         return [
             Completion(
@@ -273,6 +274,17 @@ def check_lengths(requests: list[Request], max_response_tokens: int, max_positio
                 f"{max_response_tokens} that exceeds the model's {max_positions} positions "
                 "(max_position_embeddings): lower data.max_prompt_tokens or rollout.max_response_tokens"
             )
+
+
+def check_finite(logprobs: list[np.ndarray], policy_version: int) -> None:
+    """Raise RolloutError when a sampled token has a log-prob that is not finite."""
+    bad = sum(not np.isfinite(row).all() for row in logprobs)
+    if bad:
+        raise RolloutError(
+            f"{bad} of {len(logprobs)} completions have log-probs that are not finite, with the weights after "
+            f"{policy_version} updates: the weights hold NaN or inf, or overflow. Look at loss and grad_norm in "
+            "metrics.jsonl; go on from an earlier checkpoint with a lower optimizer.lr, or check the model's weights"
+        )
 
 
 def end_token_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -52,7 +52,8 @@ def _invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Index of the first column whose cumulative sum exceeds uniform * total; a zero column is never picked."""
     cumulative = probabilities.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    picked = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return picked.clamp_(max=probabilities.shape[-1] - 1)  # NaN would point behind the last column
 
 
 def _pick_truncated(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

@@ -20,9 +20,13 @@ def read_hf_config(path: Path | str, trust_remote_code: bool = False) -> dict[st
         ValueError: config.json is missing or damaged, or the family is not supported.
     """
     check_family(read_config(path))  # before transformers, whose message for an unknown family helps nobody
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}/config.json: {' '.join(str(error).split())}") from None
 
 
 def parameters(chunks: list[PolicyModel]) -> Iterator[Parameter]:

@@ -10,7 +10,8 @@ from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_srft.config import ModelConfig, RunConfig, SamplingConfig
-from megatron_srft.rollout import Request, build_engine, load_local_engine
+from megatron_srft.rollout import Request, build_engine, load_local_engine, load_tokenizer
+from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.rollout.local import Decoding, prefill_chunks
 
 CPU = torch.device("cpu")
@@ -184,3 +185,19 @@ def test_bfloat16_weights_give_float32_logprobs(folders, prompts):
     for completion in engine.generate(one_each(prompts), SamplingConfig(max_response_tokens=6)):
         assert completion.rollout_logprobs.dtype == np.float32
         assert np.isfinite(completion.rollout_logprobs).all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=5), dict(temperature=0.0)])
+def test_weights_that_are_not_finite_end_the_run_with_a_sentence(folders, prompts, options):
+    engine = make_engine(folders["qwen2"])
+    engine.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RolloutError, match="12 of 12 completions have log-probs that are not finite"):
+        engine.generate(one_each(prompts), SamplingConfig(max_response_tokens=3, **options))
+
+
+def test_a_damaged_tokenizer_is_named(folders, tmp_path):
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folders["qwen2"] / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="its tokenizer cannot be read .*copy its files anew"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))

@@ -1,0 +1,50 @@
+"""Do the prompts of a data set suit a stage? Asked before the model is built, so that no work is lost."""
+
+from collections.abc import Sequence
+
+from megatron_srft.config import ConfigError, RunConfig, require
+from megatron_srft.data.dataset import Dataset
+from megatron_srft.sample import Prompt
+
+
+def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
+    """The prompts that a stage draws from: for SFT those with a demonstration, else all; these need an answer.
+
+    Raises:
+        ConfigError: they are too few for one step, lack an answer, or hold no demonstration for an objective that is
+            there to learn from them.
+    """
+    prompts, kind = dataset.prompts, config.objective.kind
+    demonstrated = tuple(prompt for prompt in prompts if prompt.demonstrations)
+    if kind != "grpo" and not demonstrated:
+        too_long = dataset.report.total.overlong_demonstrations
+        remedy = (
+            f"{too_long} were dropped as longer than data.max_demonstration_tokens, so raise that"
+            if too_long
+            else "name their field with data.demonstration_key, or choose objective.kind grpo"
+        )
+        raise ConfigError(f"objective {kind} learns from demonstrations, and data.train holds none; {remedy}")
+    if kind == "sft":
+        prompts = demonstrated
+    else:
+        missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)
+        require(missing is None, f"prompt {missing} has no answer, and objective {kind} needs one; see data.answer_key")
+    wanted = config.batch.prompts_per_step
+    require(
+        wanted <= len(prompts),
+        f"batch.prompts_per_step is {wanted}, but data.train has only {len(prompts)} prompts to draw from; lower it, "
+        "or use more data",
+    )
+    return prompts
+
+
+def check_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """Raise ConfigError when the tokenizer made a token for which the model has no embedding."""
+    for prompt in prompts:
+        rows = [prompt.token_ids, *(demonstration.token_ids for demonstration in prompt.demonstrations)]
+        largest = max(int(row.max()) for row in rows)
+        require(
+            largest < vocab_size,
+            f"prompt {prompt.id} has token {largest}, and the model's vocabulary ends at {vocab_size - 1} (vocab_size "
+            "in config.json); model.path holds a tokenizer of another model",
+        )
