@@ -53,8 +53,8 @@ def _centre(members: np.ndarray, config: AdvantageConfig) -> np.ndarray:
 def to_sequences(groups: list[Group], config: AdvantageConfig) -> list[TrainingSequence]:
     """Everything the step trains on: group by group, the completions in order, then the demonstration.
 
-    A demonstration outside its group's advantage (left out by the config, or truncated and hence without a score) has
-    advantage 0: it still teaches through a supervised term.
+    A demonstration outside its group's advantage (left out by the config, truncated and hence without a score, or not
+    judged because the verifier failed) has advantage 0: it still teaches through a supervised term.
     """
     return [sequence for index, group in enumerate(groups) for sequence in _group_sequences(group, index, config)]
 
@@ -63,8 +63,9 @@ def _group_sequences(group: Group, index: int, config: AdvantageConfig) -> list[
     scores = group.scores or ()
     assert len(scores) == len(group.completions), f"group of prompt {group.prompt.id} is not scored"
     demonstration_score = group.demonstration_score
+    is_judged = demonstration_score is not None and demonstration_score.is_judged
     advantages, demonstration_advantage = group_advantages(
-        [score.reward for score in scores], demonstration_score.reward if demonstration_score else None, config
+        [score.reward for score in scores], demonstration_score.reward if is_judged else None, config
     )
     sequences = [
         TrainingSequence(

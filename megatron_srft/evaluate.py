@@ -26,9 +26,6 @@ from megatron_srft.sample import Group
 STREAM = -1
 """Takes the place of the step in the random streams of sampled answers; no training step has this number."""
 
-VERDICTS = ("verified", "no_answer")
-"""Statuses with a verdict; the others are failures of the verifier or the reference, and count as wrong."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class FileResult:
@@ -150,13 +147,13 @@ def evaluate(
 def summarise(greedy: list[Group], sampled: Sequence[Group] = ()) -> FileResult:
     """Figures of one file from its scored groups: one greedy answer each, and n sampled ones each (or none)."""
     completions = [c for group in sampled or greedy for c in group.completions]
-    statuses = [score.status for group in [*greedy, *sampled] for score in group.scores]
+    scores = [score for group in [*greedy, *sampled] for score in group.scores]
     return FileResult(
         problems=len(greedy),
         greedy=_mean([average_at_k(_verdicts(group)) for group in greedy]),
         mean_length=_mean([len(c.token_ids) for c in completions]),
         truncated_share=_mean([c.finish_reason == "length" for c in completions]),
-        unverified_share=_mean([status not in VERDICTS for status in statuses]),
+        unverified_share=_mean([not score.is_judged for score in scores]),
         **(_sampled_figures(sampled) if sampled else {}),
     )
 

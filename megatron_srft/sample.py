@@ -113,6 +113,11 @@ class Score:
     answer: str | None = None
     """The final answer found in the text, in canonical form ("1/2" for \\frac{1}{2}); what majority@k counts."""
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether a verdict was reached; otherwise the reward is that of a wrong answer for want of a better one."""
+        return self.status in ("verified", "no_answer")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Group:

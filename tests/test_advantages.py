@@ -1,6 +1,7 @@
 """Group advantages, training sequences and group statistics, by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_a_truncated_demonstration_has_no_advantage_and_does_not_move_its_group(
     sequences = to_sequences(GROUPS, config(include_demonstration=True))
     assert sequences[5].advantages.tolist() == [0.0] * 3
     assert sequences[7].advantages.tolist() == [0.0] * 2
+
+
+@pytest.mark.parametrize("status", ["timeout", "crash", "unverifiable"])
+def test_a_demonstration_on_which_the_verifier_failed_is_not_pushed_down(status):
+    failed = replace(GROUPS[0], demonstration_score=Score(reward=0.0, correct=None, status=status))
+    sequences = to_sequences([failed], config(include_demonstration=True))
+    assert [s.advantages[0] for s in sequences] == [0.5, -0.5, 0.0]
+
+
+def test_a_wrong_demonstration_counts_as_wrong():
+    wrong = replace(GROUPS[0], demonstration_score=Score(reward=0.0, correct=False, status="no_answer"))
+    sequences = to_sequences([wrong], config(include_demonstration=True))
+    assert [s.advantages[0] for s in sequences] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
 
 def test_a_demonstration_left_out_of_the_group_still_gives_a_sequence():
