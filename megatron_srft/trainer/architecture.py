@@ -49,9 +49,13 @@ FIXED = {
 """TransformerConfig fields with only one value that the trainer supports."""
 
 
-def uses_transformer_engine() -> bool:
-    """Whether the layers come from TransformerEngine: where it is installed and there is CUDA."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether the layers come from TransformerEngine: in half precision, where it is installed and there is CUDA.
+
+    Its attention has no kernel for packed float32 sequences.
+    """
+    has_engine = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return has_engine and dtype != torch.float32
 
 
 def transformer_config(architecture: Architecture, run: RunConfig) -> TransformerConfig:
@@ -160,7 +164,7 @@ def _communication_settings(layout: ParallelConfig) -> dict[str, Any]:
 
 def _numeric_settings(run: RunConfig) -> dict[str, Any]:
     dtype = DTYPES[run.model.dtype]
-    fused = uses_transformer_engine()
+    fused = uses_transformer_engine(dtype)
     return dict(
         params_dtype=dtype,
         pipeline_dtype=dtype,

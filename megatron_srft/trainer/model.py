@@ -106,7 +106,7 @@ def build_model(hf_config: Any, run: RunConfig, groups: ProcessGroups) -> list[P
 
 def layer_specs(config: TransformerConfig, virtual_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """The modules that this chunk's layers are made of."""
-    if uses_transformer_engine():
+    if uses_transformer_engine(config.params_dtype):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules, attention = layer.submodules, layer.submodules.self_attention.submodules

@@ -112,7 +112,8 @@ def _collect_statistics(batch: PackedBatch, stats: TokenStats) -> dict[int, Sequ
 
 def _run_schedule(policy: Policy, microbatches: list[PackedBatch], loss: Callable, *, forward_only: bool) -> list:
     """Run Megatron's schedule; returns what `loss` reported per micro-batch (on the last stage, else [])."""
-    described = [(batch, packed_params(batch.cu_seqlens, uses_transformer_engine())) for batch in microbatches]
+    thd = uses_transformer_engine(policy.config.params_dtype)
+    described = [(batch, packed_params(batch.cu_seqlens, thd)) for batch in microbatches]
     streams = [iter(described) for _ in policy.chunks]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, policy=policy, loss=loss),

@@ -5,6 +5,7 @@ import torch
 from tiny_models import make_model
 
 from megatron_srft.config import ConfigError, DataConfig, LocalRolloutConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_srft.trainer import architecture as trainer_architecture
 from megatron_srft.trainer import parallel
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
 from megatron_srft.trainer.attention import packed_params
@@ -174,3 +175,14 @@ def test_the_padded_vocabulary_fits_every_common_layout_alike(vocab):
     sizes = {padded_vocab_size(vocab, tensor) for tensor in (1, 2, 4, 8, 64)}
     assert len(sizes) == 1 and sizes.pop() % 64 == 0
     assert padded_vocab_size(vocab, 3) % 3 == 0
+
+
+def test_transformer_engine_is_for_half_precision_on_cuda(monkeypatch):
+    """Its attention takes no packed float32 sequences, and float32 is the default of model.dtype."""
+    found = object()
+    monkeypatch.setattr(trainer_architecture.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(trainer_architecture.torch.cuda, "is_available", lambda: True)
+    assert trainer_architecture.uses_transformer_engine(torch.bfloat16)
+    assert not trainer_architecture.uses_transformer_engine(torch.float32)
+    monkeypatch.setattr(trainer_architecture.torch.cuda, "is_available", lambda: False)
+    assert not trainer_architecture.uses_transformer_engine(torch.bfloat16)
