@@ -67,11 +67,11 @@ class Trainer:
 
         Args:
             sequences: all sequences of the step, the same list on every rank.
-            stage_step: steps of this stage already made; sets the learning rate and the seed.
+            stage_step: steps of this stage already made; sets the learning rate.
             measured: what `measure` returned for these sequences, when it has been called already.
 
         Returns:
-            Metrics averaged over the step's updates, equal on all ranks.
+            Metrics of the step's updates put together (see `_over_updates`), equal on all ranks.
         """
         seed_step(self.config.seed, self.policy_version)
         if measured is None and self._needs_measurement():
@@ -79,13 +79,7 @@ class Trainer:
         if measured is not None:
             sequences = self._with_measurements(sequences, measured)
         lr = learning_rate(self.config.optimizer, stage_step, self.stage_steps)
-        updates = [self._update(part, lr) for part in self._parts(sequences)]
-        metrics = {key: float(np.mean([u[key] for u in updates])) for key in updates[0]}
-        return {
-            **metrics,
-            "lr": lr,
-            "accounting/skipped_updates": sum(u["accounting/skipped_updates"] for u in updates),
-        }
+        return {**_over_updates([self._update(part, lr) for part in self._parts(sequences)]), "lr": lr}
 
     @property
     def models(self) -> list[PolicyModel]:
@@ -148,8 +142,10 @@ class Trainer:
     # ------------------------------------------------------------ old log-probs and pooled entropy
 
     def _entropy_pool(self) -> str | None:
-        level = getattr(self.config.objective, "entropy_level", None)
-        return level if level in ("group", "batch") else None
+        objective = self.config.objective
+        if objective.kind != "srft" or objective.entropy_level not in ("group", "batch"):
+            return None
+        return objective.entropy_level
 
     def _needs_measurement(self) -> bool:
         """With one update per step the current log-probs are the old ones, so the extra forward pass is saved."""
@@ -176,3 +172,19 @@ class Trainer:
             pools.setdefault(key, []).append(stats.entropy)
         means = {key: float(np.concatenate(parts).mean()) for key, parts in pools.items()}
         return [means[key] for key in keys]
+
+
+def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One value per metric from those of several updates: the sum of what is counted, the largest of maxima, else the
+    mean over the updates that have it (one without demonstrations has no figures of them)."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for key, value in update.items():
+            values.setdefault(key, []).append(value)
+    return {key: _combine(key, found) for key, found in values.items()}
+
+
+def _combine(key: str, values: list[float]) -> float:
+    if key.startswith("accounting/"):
+        return sum(values)
+    return float(np.max(values) if key.endswith("/max") else np.mean(values))
