@@ -13,18 +13,28 @@ from megatron_srft.advantages import group_statistics
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
 from megatron_srft.config import ConfigError, RunConfig
-from megatron_srft.data import Dataset, PromptStream, choose_demonstration, load_dataset
+from megatron_srft.data import (
+    Dataset,
+    PromptStream,
+    check_vocabulary,
+    choose_demonstration,
+    load_dataset,
+    usable_prompts,
+)
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
 from megatron_srft.evaluate import evaluate, load_held_out
 from megatron_srft.metrics import MetricSink, NullSink, Timer
+from megatron_srft.presence import claim_folder
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.trainer import checkpoint, manifest, parallel, publish
+from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.manifest import CheckpointError, Progress
 from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
+from megatron_srft.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +69,19 @@ class Session:
         progress = found[1] if found else Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
         self.step, self.stage_step = progress.step, progress.stage_step
         self.stage = _stage_of(progress, self.stages)
+        if found and self.step == self.total_steps and is_main():
+            print(
+                f"{self.folder} is finished: all {self.step} steps are done, and only its evaluation and its model are "
+                "made again; to train on raise steps, for a new run choose another name",
+                flush=True,
+            )
         self.config = self.stage.config
 
         self.tokenizer = load_tokenizer(self.config.model)
+        hf_config = read_hf_config(self.config.model.path, self.config.model.trust_remote_code)
+        self.vocab_size = read_architecture(hf_config).vocab_size
+        for later in self.stages[self.stage.number + 1 :]:  # its mistakes too are told before anything is trained
+            self._read_data(later.config)
         self._load_data()
         self.scorer = Scorer(self.config.rewards)
         self.scorer.self_test()
@@ -292,20 +312,30 @@ class Session:
     # ------------------------------------------------------------ setting up and leaving
 
     def _load_data(self) -> None:
-        dataset = load_dataset(self.config.data, self.config.rollout, self.tokenizer)
-        prompts = _usable(dataset, self.stage)
+        dataset, prompts, self.held_out = self._read_data(self.config)
         self.stream = PromptStream(prompts, self.config.seed, self.config.data.shuffle)
-        self.held_out = load_held_out(self.config, self.tokenizer)
         if is_main():
             print(f"data: {dataset.report}")
             for name, problems in self.held_out:
                 print(f"evaluation {name}: {problems.report}", flush=True)
 
+    def _read_data(self, config: RunConfig) -> tuple[Dataset, tuple[Prompt, ...], list[tuple[str, Dataset]]]:
+        """All prompts of a stage, those of them it can use, and its held-out problems."""
+        dataset = load_dataset(config.data, config.rollout, self.tokenizer)
+        prompts, held_out = usable_prompts(dataset, config), load_held_out(config, self.tokenizer)
+        for some in (prompts, *(problems.prompts for _, problems in held_out)):
+            check_vocabulary(some, self.vocab_size)
+        return dataset, prompts, held_out
+
+    def _claim_folder(self) -> None:
+        self.lock = claim_folder(self.folder)
+        publish.check_writable(self.folder / "checkpoints")
+
     def _find_checkpoint(self, config: RunConfig):
         folder = self.folder / "checkpoints"
-        problem = publish.attempt(lambda: publish.check_writable(folder), self.groups, main_only=True)
+        problem = publish.attempt(self._claim_folder, self.groups, main_only=True)
         if problem is not None:
-            raise CheckpointError(f"checkpoints cannot be written: {problem}")
+            raise CheckpointError(f"the run folder cannot be used: {problem}")
         if not config.checkpoint.resume:
             if manifest.checkpoints(folder):
                 raise ConfigError(
@@ -347,6 +377,8 @@ class Session:
             signal.signal(number, handler)
         self.scorer.close()
         self.sink.close()
+        if is_main():
+            self.lock.close()
 
 
 def _stages(config: RunConfig) -> list[Stage]:
@@ -360,20 +392,18 @@ def _stage_of(progress: Progress, stages: list[Stage]) -> Stage:
             f"the checkpoint of this run stands in stage {progress.stage}, and the config has "
             f"{', '.join(s.name for s in stages)}; name the stage as before, or choose another name for a new run"
         )
+    done, before = progress.step - progress.stage_step, sum(s.config.steps for s in stages[: stage.number])
+    if done != before:
+        raise ConfigError(
+            f"the checkpoint of this run has {done} steps before stage {stage.name}, and the config has {before}; keep "
+            "the stages that are done as they were, or choose another name for a new run"
+        )
+    if progress.stage_step > stage.config.steps:
+        raise ConfigError(
+            f"the checkpoint of this run stands at step {progress.stage_step} of stage {stage.name}, and the config "
+            f"has steps {stage.config.steps}; raise it, or choose another name for a new run"
+        )
     return stage
-
-
-def _usable(dataset: Dataset, stage: Stage) -> tuple[Prompt, ...]:
-    """SFT draws only prompts with a demonstration; everything else needs an answer to verify."""
-    if not stage.samples_rollouts:
-        prompts = tuple(p for p in dataset.prompts if p.demonstrations)
-        if not prompts:
-            raise ConfigError("data.train holds no demonstration, and objective sft learns from nothing else")
-        return prompts
-    missing = next((p.id for p in dataset.prompts if p.answer is None), None)
-    if missing is not None:
-        raise ConfigError(f"prompt {missing} has no answer, and objective {stage.config.objective.kind} needs one")
-    return dataset.prompts
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,6 +10,7 @@ from megatron_srft import config as configuration
 from megatron_srft import errors
 from megatron_srft.advantages import to_sequences
 from megatron_srft.config import RunConfig
+from megatron_srft.presence import end_with_launcher
 from megatron_srft.session import Session
 from megatron_srft.trainer import parallel
 
@@ -33,6 +34,7 @@ def train(run: Session) -> None:
 
 def run_training(config: RunConfig) -> None:
     """Start the parallel machinery, train, and leave it in order."""
+    end_with_launcher()
     groups = parallel.start(config.parallel, config.seed)
     try:
         with Session(config, groups) as run:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_srft"
 
 ROWS = [
-    {"config", "sample", "distributed", "metrics", "errors"},
+    {"config", "sample", "distributed", "metrics", "errors", "presence"},
     {"ops"},
     {"data", "rewards", "advantages", "objectives", "weights"},
     {"rollout", "trainer"},

@@ -7,6 +7,7 @@ import pytest
 from runs import write_inputs
 
 from megatron_srft import config as configuration
+from megatron_srft.config import ConfigError
 from megatron_srft.metrics import read_metrics
 from megatron_srft.rollout import dump, dump_path, load_dump
 from megatron_srft.train import run_training
@@ -79,3 +80,31 @@ def test_a_stage_can_bring_another_engine_and_the_data_are_accounted_for(two_sta
     assert {s["response"] for s in samples if s["step"] == 1} == {"replayed"}
     assert "replayed" not in {s["response"] for s in samples if s["step"] == 0}
     assert "12 prompts from 12 rows" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_and_one_with_fewer_steps_is_refused(tmp_path, capsys):
+    config = configuration.load(write_inputs(tmp_path, steps=1))
+    run_training(config)
+    weights = (config.folder / "hf" / "final" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    run_training(config)
+    assert f"{config.folder} is finished: all 1 steps are done" in capsys.readouterr().out
+    assert (config.folder / "hf" / "final" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ConfigError, match="stands at step 1 of stage srft, and the config has steps 0; raise it"):
+        run_training(replace(config, steps=0))
+
+
+def test_stages_that_are_done_cannot_change_their_length(tmp_path):
+    stages = ({"name": "first", "steps": 1}, {"name": "second", "steps": 1})
+    config = configuration.load(write_inputs(tmp_path, stages=list(stages)))
+    run_training(config)
+    with pytest.raises(ConfigError, match="has 1 steps before stage second, and the config has 2; keep the stages"):
+        run_training(replace(config, stages=({"name": "first", "steps": 2}, stages[1])))
+
+
+def test_a_mistake_in_a_later_stage_is_told_before_the_first_is_trained(tmp_path):
+    later = {"name": "later", "steps": 1, "data": {"train": [str(tmp_path / "absent.jsonl")]}}
+    config = configuration.load(write_inputs(tmp_path, stages=[{"name": "first", "steps": 1}, later]))
+    with pytest.raises(ValueError, match="absent.jsonl: no such file"):
+        run_training(config)
+    assert not (config.folder / "metrics.jsonl").exists()
