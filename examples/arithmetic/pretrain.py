@@ -5,9 +5,9 @@ No weights are downloaded. The corpus has two kinds of documents:
     hasty    7+5-3=#4                 a guess without any work
     worked   7+5-3=7+5=2;2-3=9#9      every step written out
 
-The model reads many worked documents but is rarely taught to *begin* one (the first character of most of them is
-not a target). So it ends up owning every single step and able to go on with a solution that somebody has begun, while
-left alone it blurts out a guess: 1 in 10 right, which is chance. That is the gap that fine-tuning has to close.
+Most worked documents teach how to go on, but not whether to begin: their first character is learned under the
+condition that it is not '#'. So the model ends up owning every single step, while left alone it blurts out a guess: 1
+in 10 right, which is chance. That is the gap that fine-tuning has to close.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from make_data import HERE, MODULUS, random_problem, worked_solution
@@ -22,10 +23,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+VOCABULARY = [PAD, EOS, UNK, *"0123456789+-=;#"]
 SIZES = {"tiny": (3, 96, 256), "small": (6, 256, 688), "medium": (12, 512, 1376)}
 """Layers, hidden size and MLP size. The steps below are tuned for tiny."""
 LENGTHS = (2, 3, 4, 5, 6, 7)
 """Operands of the corpus' chains, equally likely. The base model has met the lengths of ood.jsonl; training has not."""
+LESSONS = (((2,), 3, 0.99), (LENGTHS, 1, 0.98))
+"""(Operands, multiple of the batch size, share of right next tokens that ends the lesson). Single steps come first: in
+long chains alone they take many times longer to learn, with some seeds too long."""
+CHECK_EVERY, WARMUP, COOL_DOWN = 50, 50, 200
+"""Steps between two checks of a lesson, and of the learning rate's rise and fall."""
 ROPE_THETA = 100.0
 """Texts are 60 characters at most; the usual 10,000 would leave most rotary dimensions without use."""
 IGNORE = -100
@@ -33,9 +40,19 @@ POOL_BATCHES = 16
 """Documents are drawn for this many batches at once and sorted by length, so that little padding is computed."""
 
 
+class Batch(NamedTuple):
+    """Documents of a step, all [documents, tokens]."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    """The ids, or IGNORE where nothing is to be learned."""
+    begun: torch.Tensor
+    """bool; where the target is learned under the condition that it is not '#'."""
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNK, *"0123456789+-=;#"])}
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -64,64 +81,110 @@ def make_model(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalL
 
 
 def document(
-    generator: random.Random, tokenizer: PreTrainedTokenizerFast, hasty_share: float, begin_share: float
-) -> tuple[list[int], list[int]]:
-    """Draw a document: its token ids, and its targets (the ids, or IGNORE where nothing is to be learned)."""
-    prompt = random_problem(generator, generator.choice(LENGTHS))
+    generator: random.Random, lengths: tuple[int, ...], hasty_share: float, begin_share: float
+) -> tuple[str, str, bool]:
+    """Draw a prompt, its response, and whether the response's first character is learned as it is."""
+    prompt = random_problem(generator, generator.choice(lengths))
     if generator.random() < hasty_share:
-        response, ignored = f"#{generator.randrange(MODULUS)}", len(prompt)
-    else:
-        response, ignored = worked_solution(prompt), len(prompt) + (generator.random() >= begin_share)
-    ids = tokenizer.convert_tokens_to_ids([*prompt, *response, EOS])
-    return ids, [IGNORE] * ignored + ids[ignored:]
+        return prompt, f"#{generator.randrange(MODULUS)}", True
+    return prompt, worked_solution(prompt), generator.random() < begin_share
+
+
+def collate(documents: list[tuple[str, str, bool]], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """Pad documents on the right; only responses and their end tokens are targets."""
+    ids, targets, begun = [], [], []
+    longest = max(len(prompt + response) for prompt, response, _ in documents) + 1
+    for prompt, response, begins in documents:
+        tokens = tokenizer.convert_tokens_to_ids([*prompt, *response, EOS])
+        room = longest - len(tokens)
+        ids.append(tokens + [tokenizer.pad_token_id] * room)
+        targets.append([IGNORE] * len(prompt) + tokens[len(prompt) :] + [IGNORE] * room)
+        begun.append([not begins and position == len(prompt) for position in range(longest)])
+    return Batch(torch.tensor(ids), torch.tensor(targets), torch.tensor(begun))
 
 
 def batches(
-    generator: random.Random, tokenizer: PreTrainedTokenizerFast, size: int, hasty_share: float, begin_share: float
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield token ids and targets, both [documents, tokens], of `size` documents on average, padded on the right.
-
-    Batches hold documents of similar length and about the same number of tokens.
-    """
+    generator: random.Random,
+    tokenizer: PreTrainedTokenizerFast,
+    size: int,
+    lengths: tuple[int, ...],
+    hasty_share: float,
+    begin_share: float,
+) -> Iterator[Batch]:
+    """Yield batches of `size` documents on average, of similar length, each with about the same number of tokens."""
     while True:
-        pool = [document(generator, tokenizer, hasty_share, begin_share) for _ in range(size * POOL_BATCHES)]
-        pool.sort(key=lambda pair: len(pair[0]))
-        tokens_per_batch = sum(len(ids) for ids, _ in pool) / POOL_BATCHES
+        pool = [document(generator, lengths, hasty_share, begin_share) for _ in range(size * POOL_BATCHES)]
+        pool.sort(key=lambda document: len(document[0] + document[1]))
+        tokens_per_batch = sum(len(prompt + response) for prompt, response, _ in pool) / POOL_BATCHES
         cut: list[list] = [[] for _ in range(POOL_BATCHES)]
         tokens = 0
-        for ids, targets in pool:
-            cut[min(int(tokens / tokens_per_batch), POOL_BATCHES - 1)].append((ids, targets))
-            tokens += len(ids)
+        for prompt, response, begins in pool:
+            cut[min(int(tokens / tokens_per_batch), POOL_BATCHES - 1)].append((prompt, response, begins))
+            tokens += len(prompt + response)
         generator.shuffle(cut)
         for documents in cut:
-            ids, targets = zip(*documents, strict=True)
-            yield pad(ids, tokenizer.pad_token_id), pad(targets, IGNORE)
-
-
-def pad(rows: tuple[list[int], ...], value: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+            yield collate(documents, tokenizer)
 
 
 def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> None:
-    """Minimise the next-token loss on fresh documents with AdamW under a one-cycle learning rate."""
+    """Lesson after lesson on fresh documents, each until its goal is reached, then a short cool-down.
+
+    Raises:
+        SystemExit: a goal is out of reach within `options.steps` steps.
+    """
+    generator = random.Random(options.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=options.steps, pct_start=0.1, cycle_momentum=False
-    )
-    corpus = batches(random.Random(options.seed), tokenizer, options.batch, options.hasty_share, options.begin_share)
+    total, start = 0, time.monotonic()
     model.train()
-    start = time.monotonic()
-    for step, (ids, targets) in zip(range(1, options.steps + 1), corpus, strict=False):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == options.steps:
-            print(f"step {step}/{options.steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
+    for lengths, multiple, goal in LESSONS:
+        unseen = random.Random(-1)
+        test = collate([document(unseen, lengths, hasty_share=0.0, begin_share=0.0) for _ in range(128)], tokenizer)
+        corpus = batches(
+            generator, tokenizer, options.batch * multiple, lengths, options.hasty_share, options.begin_share
+        )
+        for step in range(1, options.steps + 1):
+            update(model, optimizer, next(corpus), options.lr * min(1.0, (total + 1) / WARMUP))
+            total += 1
+            if step % CHECK_EVERY == 0:
+                right = share_right(model, test)
+                print(
+                    f"step {total}, {len(lengths)} lengths: {right:.1%} right, {time.monotonic() - start:.0f} s",
+                    flush=True,
+                )
+                if right >= goal:
+                    break
+        else:
+            raise SystemExit(
+                f"pretrain: below {goal:.1%} after {options.steps} steps; try another --seed or more --steps"
+            )
+    for step in range(COOL_DOWN):
+        update(model, optimizer, next(corpus), options.lr * (1 - step / COOL_DOWN))
+
+
+def update(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> None:
+    """One step of AdamW on the next-token loss."""
+    logits = next_token_logits(model, batch)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets[:, 1:].flatten(), ignore_index=IGNORE)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def next_token_logits(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
+    """[documents, tokens - 1, vocabulary]; '#' is ruled out where a worked document is taken as begun."""
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    is_guess = torch.arange(logits.shape[-1]) == VOCABULARY.index("#")
+    return logits.masked_fill(batch.begun[:, 1:, None] & is_guess, float("-inf"))
+
+
+@torch.inference_mode()
+def share_right(model: Qwen2ForCausalLM, batch: Batch) -> float:
+    """Share of targets that are the model's likeliest next token."""
+    wanted = batch.targets[:, 1:]
+    return (next_token_logits(model, batch).argmax(-1) == wanted)[wanted != IGNORE].float().mean().item()
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -134,17 +197,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=HERE / "base", help="where the Hugging Face folder goes")
     parser.add_argument("--model-size", choices=SIZES, default="tiny")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=32, help="documents per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=3000, help="most steps of a lesson")
+    parser.add_argument("--batch", type=int, default=32, help="documents per step of the last lesson")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--hasty-share", type=float, default=0.25, help="documents that guess")
-    parser.add_argument("--begin-share", type=float, default=0.04, help="worked documents whose first character counts")
+    parser.add_argument("--begin-share", type=float, default=0.04, help="worked documents that teach to begin")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
     model = make_model(options.model_size, tokenizer)
-    print(f"pre-training a Qwen2 of {model.num_parameters():,} parameters on {options.batch} documents a step")
+    print(f"pre-training a Qwen2 of {model.num_parameters():,} parameters")
     pretrain(model, tokenizer, options)
     save(model, tokenizer, options.folder)
     print(f"wrote {options.folder}")

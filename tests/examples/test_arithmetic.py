@@ -82,26 +82,39 @@ def test_data_is_a_function_of_the_seed(make_data, tmp_path):
 
 
 def test_documents(pretrain):
-    """Only responses are targets; hasty documents guess, and worked ones have no first target unless they begin."""
+    """Responses are targets, prompts are not; hasty documents guess, worked ones are taken as begun."""
     tokenizer = pretrain.make_tokenizer()
-    corpus = pretrain.batches(random.Random(0), tokenizer, size=8, hasty_share=0.5, begin_share=0.0)
+    corpus = pretrain.batches(random.Random(0), tokenizer, size=8, lengths=(2, 5), hasty_share=0.5, begin_share=0.0)
     rows = [row for _ in range(pretrain.POOL_BATCHES) for row in zip(*next(corpus), strict=True)]
     hasty = 0
-    for ids, targets in rows:
+    for ids, targets, begun in rows:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         prompt, response = re.fullmatch(r"([0-9+-]+=)(.*)", text).groups()
-        learned = tokenizer.decode(targets[targets != pretrain.IGNORE])
+        assert tokenizer.decode(targets[targets != pretrain.IGNORE]) == response + "<eos>"
         is_hasty = response.startswith("#")
         hasty += is_hasty
-        assert learned == (response if is_hasty else response[1:]) + "<eos>"
-        if not is_hasty:
-            assert response.endswith(f"#{total(prompt[:-1])}")
+        assert begun.nonzero().flatten().tolist() == ([] if is_hasty else [len(prompt)])
+        assert is_hasty or response.endswith(f"#{total(prompt[:-1])}")
     assert len(rows) == 8 * pretrain.POOL_BATCHES
     assert 0.35 < hasty / len(rows) < 0.65
 
 
-def test_base_model_is_a_hugging_face_folder(pretrain, tmp_path):
-    options = Namespace(seed=0, steps=3, batch=8, lr=1e-3, hasty_share=0.25, begin_share=0.5)
+def test_begun_documents_say_nothing_about_guessing(pretrain):
+    """At the first character of a begun document a guess has no probability to lose; otherwise it has."""
+    tokenizer = pretrain.make_tokenizer()
+    torch.manual_seed(0)
+    model = pretrain.make_model("tiny", tokenizer)
+    guess = tokenizer.convert_tokens_to_ids("#")
+    for begins in (False, True):
+        batch = pretrain.collate([("7+5=", "7+5=2#2", begins)], tokenizer)
+        share = pretrain.next_token_logits(model, batch).softmax(-1)[0, len("7+5=") - 1]
+        assert bool(share[guess] > 0) == begins
+        torch.testing.assert_close(share.sum().item(), 1.0)
+
+
+def test_base_model_is_a_hugging_face_folder(pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "LESSONS", (((2,), 1, 0.0),))
+    options = Namespace(seed=0, steps=50, batch=4, lr=1e-3, hasty_share=0.25, begin_share=0.5)
     torch.manual_seed(0)
     tokenizer = pretrain.make_tokenizer()
     model = pretrain.make_model("tiny", tokenizer)
