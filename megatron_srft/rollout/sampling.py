@@ -51,6 +51,8 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, config: SamplingConfig) 
 def _invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Index of the first column whose cumulative sum exceeds uniform * total; a zero column is never picked."""
     cumulative = probabilities.cumsum(dim=-1)
+    if cumulative.is_cuda:
+        cumulative = cumulative.cummax(dim=-1).values  # CUDA adds in blocks, so rounding can make a sum step back
     threshold = uniform[:, None] * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     return picked.clamp_(max=probabilities.shape[-1] - 1)  # NaN would point behind the last column

@@ -73,8 +73,13 @@ def _buffers_with_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state in the first step; a load, and a save before that step, want it there already."""
+    """torch's AdamW makes its state in the first step; a load, and a save before that step, want it there already.
+
+    The fused optimizers of TransformerEngine and apex keep `step` elsewhere, and Megatron makes their state itself.
+    """
     for inner in _torch_optimizers(optimizer):
+        if not isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+            continue
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
