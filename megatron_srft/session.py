@@ -335,7 +335,7 @@ class Session:
         folder = self.folder / "checkpoints"
         problem = publish.attempt(self._claim_folder, self.groups, main_only=True)
         if problem is not None:
-            raise CheckpointError(f"the run folder cannot be used: {problem}")
+            raise CheckpointError(f"checkpoints cannot be written: {problem}")
         if not config.checkpoint.resume:
             if manifest.checkpoints(folder):
                 raise ConfigError(

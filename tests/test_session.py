@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from runs import write_inputs
+from tiny_models import make_model
 
 from megatron_srft import config as configuration
 from megatron_srft.config import ConfigError
@@ -108,3 +109,11 @@ def test_a_mistake_in_a_later_stage_is_told_before_the_first_is_trained(tmp_path
     with pytest.raises(ValueError, match="absent.jsonl: no such file"):
         run_training(config)
     assert not (config.folder / "metrics.jsonl").exists()
+
+
+def test_a_run_does_not_go_on_with_another_model(tmp_path):
+    config = configuration.load(write_inputs(tmp_path, steps=1))
+    run_training(config)
+    other = make_model("qwen2", tmp_path / "other", tied=True, num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="is of a model with num_layers 2, and that of model.path has 4; set model"):
+        run_training(replace(config, steps=2, model=replace(config.model, path=str(other))))

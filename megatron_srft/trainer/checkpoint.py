@@ -36,6 +36,12 @@ from megatron_srft.trainer.manifest import CheckpointError, Progress, read_layou
 from megatron_srft.trainer.publish import attempt
 from megatron_srft.trainer.state import kind, load_optimizer, model_key, sharded_state
 
+SHAPE = (
+    "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "qkv_bias",
+    "qk_norm", "tied",
+)  # fmt: skip
+"""Fields of Architecture that decide which tensors a model has."""
+
 # ---------------------------------------------------------------- saving
 
 
@@ -59,6 +65,7 @@ def save(
         "pipeline": size(groups.pipeline),
         "data": size(groups.data),
         "optimizer": kind(optimizer),
+        "model": _shape(chunks),
     }
     needed = _bytes_needed(chunks, optimizer) * size(groups.model)
     problem = (
@@ -126,8 +133,9 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
     The checkpoint must have passed `manifest.verify`.
 
     Raises:
-        ConfigError: the optimizer is of another kind than the one that was saved.
+        ConfigError: the model has other sizes, or the optimizer is of another kind, than the one that was saved.
     """
+    _check_shape(path, chunks)
     if optimizer is not None:
         _check_kind(path, optimizer)
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
@@ -139,6 +147,21 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
         if optimizer is not None:
             load_optimizer(optimizer, state["optimizer"])
     return read_progress(path)
+
+
+def _shape(chunks: list[GPTModel]) -> dict[str, int]:
+    architecture = chunks[0].architecture
+    return {name: getattr(architecture, name) for name in SHAPE}
+
+
+def _check_shape(path: Path, chunks: list[GPTModel]) -> None:
+    saved, present = read_layout(path)["model"], _shape(chunks)
+    other = next((name for name in SHAPE if saved[name] != present[name]), None)
+    if other is not None:
+        raise ConfigError(
+            f"{path} is of a model with {other} {saved[other]}, and that of model.path has {present[other]}; set "
+            "model.path to the model that the run was started from, or choose another name for a new run"
+        )
 
 
 def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:

@@ -88,7 +88,8 @@ def read_progress(path: Path) -> Progress:
 
 
 def read_layout(path: Path) -> dict[str, Any]:
-    """Sizes of the parallel groups that saved it, and the kind of optimizer: distributed, replicated or none."""
+    """Sizes of the parallel groups that saved it, the kind of optimizer (distributed, replicated or none), and the
+    model's sizes."""
     return _read_manifest(path)["layout"]
 
 
@@ -103,7 +104,7 @@ def _bad_manifest(path: Path) -> str | None:
         manifest = _read_manifest(path)
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, written by another version of megatron_srft"
-        read_progress(path), read_layout(path)["optimizer"]
+        read_progress(path), read_layout(path)["optimizer"], read_layout(path)["model"]
         missing = sorted({*manifest["files"], *REQUIRED} - set(data_files(path)))
         unlisted = sorted({*REQUIRED} - {*manifest["files"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
