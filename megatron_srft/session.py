@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ from megatron_srft.data import (
 )
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
 from megatron_srft.evaluate import evaluate, load_held_out
+from megatron_srft.guards import RunStopped, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.presence import claim_folder
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.sample import Group, Prompt, TrainingSequence
+from megatron_srft.stages import Stage, stage_of, stages_of
 from megatron_srft.trainer import checkpoint, manifest, parallel, publish
 from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.manifest import CheckpointError, Progress
@@ -37,21 +39,6 @@ from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.weights.architecture import read_architecture
 
 log = logging.getLogger(__name__)
-
-
-class RunStopped(RuntimeError):
-    """A guard of `accounting` ended the run; the message names it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    number: int
-    name: str
-    config: RunConfig
-
-    @property
-    def samples_rollouts(self) -> bool:
-        return self.config.objective.kind != "sft"
 
 
 class Session:
@@ -63,12 +50,12 @@ class Session:
 
     def __init__(self, config: RunConfig, groups: ProcessGroups):
         self.groups, self.folder = groups, config.folder
-        self.stages = _stages(config)
+        self.stages = stages_of(config)
         self.total_steps = sum(stage.config.steps for stage in self.stages)
         found = self._find_checkpoint(config)
         progress = found[1] if found else Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
         self.step, self.stage_step = progress.step, progress.stage_step
-        self.stage = _stage_of(progress, self.stages)
+        self.stage = stage_of(progress, self.stages)
         if found and self.step == self.total_steps and is_main():
             print(
                 f"{self.folder} is finished: all {self.step} steps are done, and only its evaluation and its model are "
@@ -261,27 +248,8 @@ class Session:
             result.write_json(self.folder / "evaluations" / f"step-{self.step:06d}.json")
 
     def _guard(self, metrics: dict[str, float]) -> None:
-        """Stop the run, saved, when the doubtful share of a step passes its limit; the same verdict on every rank."""
-        limits = self.config.accounting
-        failed = sum(metrics.get(f"accounting/{name}", 0) for name in ("timeout", "crash", "unverifiable"))
-        failed_share = failed / max(1, metrics.get("accounting/scored", 0))
-        problem = None
-        if failed_share > limits.max_verifier_failure_share:
-            problem = (
-                f"{failed:.0f} of {metrics['accounting/scored']:.0f} answers got no verdict in step {self.step} "
-                "(accounting.max_verifier_failure_share); look at accounting/timeout, crash and unverifiable in "
-                "metrics.jsonl"
-            )
-        elif metrics.get("truncated_share", 0) > limits.max_truncated_share:
-            problem = (
-                f"{metrics['truncated_share']:.0%} of the completions of step {self.step} were cut at "
-                "rollout.max_response_tokens (accounting.max_truncated_share)"
-            )
-        elif self.trainer.skipped_in_a_row > limits.max_skipped_updates:
-            problem = (
-                f"{self.trainer.skipped_in_a_row} updates in a row had a gradient that was not finite "
-                "(accounting.max_skipped_updates); lower optimizer.lr, or look at the losses in metrics.jsonl"
-            )
+        """Stop the run, saved, when a step passes a limit of `accounting`; the same verdict on every rank."""
+        problem = find_problem(metrics, self.trainer.skipped_in_a_row, self.step, self.config.accounting)
         if problem is not None:
             self._save()
             raise RunStopped(f"{problem}. The state is saved; the run can be resumed with other settings")
@@ -379,31 +347,6 @@ class Session:
         self.sink.close()
         if is_main():
             self.lock.close()
-
-
-def _stages(config: RunConfig) -> list[Stage]:
-    return [Stage(number=i, name=name, config=settings) for i, (name, settings) in enumerate(config.stage_configs())]
-
-
-def _stage_of(progress: Progress, stages: list[Stage]) -> Stage:
-    stage = next((s for s in stages if s.name == progress.stage), None)
-    if stage is None:
-        raise ConfigError(
-            f"the checkpoint of this run stands in stage {progress.stage}, and the config has "
-            f"{', '.join(s.name for s in stages)}; name the stage as before, or choose another name for a new run"
-        )
-    done, before = progress.step - progress.stage_step, sum(s.config.steps for s in stages[: stage.number])
-    if done != before:
-        raise ConfigError(
-            f"the checkpoint of this run has {done} steps before stage {stage.name}, and the config has {before}; keep "
-            "the stages that are done as they were, or choose another name for a new run"
-        )
-    if progress.stage_step > stage.config.steps:
-        raise ConfigError(
-            f"the checkpoint of this run stands at step {progress.stage_step} of stage {stage.name}, and the config "
-            f"has steps {stage.config.steps}; raise it, or choose another name for a new run"
-        )
-    return stage
 
 
 def _due(step: int, every: int) -> bool:

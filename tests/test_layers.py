@@ -15,7 +15,7 @@ ROWS = [
     {"ops"},
     {"data", "rewards", "advantages", "objectives", "weights"},
     {"rollout", "trainer"},
-    {"evaluate", "analysis", "layout"},
+    {"evaluate", "analysis", "layout", "stages", "guards"},
     {"session", "convert", "doctor", "dry_run"},
     {"train"},
     {"evaluate_command"},

@@ -76,6 +76,11 @@ def load_hf(
         names = (EMBEDDING,) if rule.hf_names == (HEAD,) and architecture.tied else rule.hf_names
         padded_vocab = parameter.tensor.shape[0] * tensor_size
         full = [read(name) for name in names]
+        if not all(tensor.is_floating_point() for tensor in full):
+            raise ValueError(
+                f"{', '.join(names)} hold {full[0].dtype}, no floating-point weights; a quantised model has to be "
+                "converted to bfloat16 or float32 first"
+            )
         shard = cut_shard(rule.cut, full, architecture, tensor_rank, tensor_size, padded_vocab)
         if shard.shape != parameter.tensor.shape:
             raise ValueError(
