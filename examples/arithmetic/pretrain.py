@@ -28,7 +28,7 @@ SIZES = {"tiny": (3, 96, 256), "small": (6, 256, 688), "medium": (12, 512, 1376)
 """Layers, hidden size and MLP size. The steps below are tuned for tiny."""
 LENGTHS = (2, 3, 4, 5, 6, 7)
 """Operands of the corpus' chains, equally likely. The base model has met the lengths of ood.jsonl; training has not."""
-LESSONS = (((2,), 3, 0.99), (LENGTHS, 1, 0.98))
+LESSONS = (((2,), 3, 0.99), (LENGTHS, 1, 0.99))
 """(Operands, multiple of the batch size, share of right next tokens that ends the lesson). Single steps come first: in
 long chains alone they take many times longer to learn, with some seeds too long."""
 CHECK_EVERY, WARMUP, COOL_DOWN = 50, 50, 200
