@@ -9,7 +9,6 @@ Stricter than math-verify where it says yes too easily:
   - from a formula it cannot read it takes a part; here only the whole formula counts.
 """
 
-import logging
 import re
 from functools import lru_cache
 
@@ -18,9 +17,6 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from sympy.core.function import AppliedUndef
 
 from megatron_srft.rewards.answers import SCIENTIFIC, Verdict, canonical, clean, is_letter, is_words, normal
-
-# math-verify warns that its deadlines are off; antlr and latex2sympy report every malformed formula.
-logging.disable(logging.CRITICAL)
 
 LATEX = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 TEXT = [LatexExtractionConfig(), ExprExtractionConfig()]
