@@ -45,6 +45,14 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Ten
     return tensor
 
 
+def sum_shared(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """Differentiable sum over the group, for a loss that every rank then computes alike from the sum.
+
+    The gradient passes unchanged: the ranks hold one loss between them, not one each.
+    """
+    return tensor if size(group) == 1 else _SumShared.apply(tensor, group)
+
+
 def all_gather(tensor: torch.Tensor, group: Group) -> list[torch.Tensor]:
     """The group's tensors of this shape, in rank order."""
     if size(group) == 1:
@@ -83,3 +91,13 @@ def is_main(group: Group = None) -> bool:
     if group is not None:
         return rank(group) == 0
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+class _SumShared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        return all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
