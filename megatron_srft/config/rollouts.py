@@ -65,9 +65,7 @@ class ReplayRolloutConfig(SamplingConfig):
 
 
 @section
-class MathRewardConfig:
-    kind: Literal["math"] = "math"
-
+class VerifierConfig:
     weight: float = 1.0
     """Multiplies the reward in the total."""
 
@@ -76,6 +74,11 @@ class MathRewardConfig:
 
     wrong: float = 0.0
     """Reward of a wrong, missing or unverifiable answer (the last two are counted apart)."""
+
+
+@section
+class MathRewardConfig(VerifierConfig):
+    kind: Literal["math"] = "math"
 
     answer_after: str = ""
     """Only look behind the last occurrence of this text, e.g. '</think>'; without it the answer counts as missing."""
@@ -92,17 +95,8 @@ class MathRewardConfig:
 
 
 @section
-class ExactRewardConfig:
+class ExactRewardConfig(VerifierConfig):
     kind: Literal["exact"] = "exact"
-
-    weight: float = 1.0
-    """Multiplies the reward in the total."""
-
-    correct: float = 1.0
-    """Reward of a right answer."""
-
-    wrong: float = 0.0
-    """Reward of a wrong or missing answer."""
 
     answer_after: str = ""
     """Compare what follows the last occurrence of this text, e.g. '#'; empty compares the whole response."""

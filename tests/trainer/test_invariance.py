@@ -11,14 +11,15 @@ import pytest
 import torch
 from spawning import spawn
 from tiny_models import make_model
+from training_sequences import VOCAB, make_sequences
 
 from megatron_srft import config as configuration
 from megatron_srft import objectives
 from megatron_srft.data.packing import pack
-from megatron_srft.sample import TokenStats, TrainingSequence, count
+from megatron_srft.sample import TokenStats, count
 
-VOCAB = 99
 TEMPERATURE = 0.9
+SEQUENCES = make_sequences([(False, False, False, True), (False, False, False)], seed=3)
 OBJECTIVES = {
     "sft": {"kind": "sft"},
     "grpo": {"kind": "grpo", "preset": "dapo", "entropy_coefficient": 0.01},
@@ -26,30 +27,6 @@ OBJECTIVES = {
     "srft-paper": {"kind": "srft", "preset": "srft-paper"},
     "srft-released": {"kind": "srft", "preset": "srft-released", "constant_length": 7},
 }
-
-
-def make_sequences() -> list[TrainingSequence]:
-    """Two groups of three rollouts, one of them with a demonstration; lengths from 2 to 16."""
-    random = np.random.default_rng(3)
-    sequences = []
-    for group, members in enumerate([(False, False, False, True), (False, False, False)]):
-        prompt = random.integers(3, VOCAB, 3 + group)
-        for is_demonstration in members:
-            response = random.integers(3, VOCAB, random.integers(1, 12))
-            noise = random.normal(0, 0.3, len(response))
-            sequences.append(
-                TrainingSequence(
-                    token_ids=np.concatenate([prompt, response]).astype(np.int32),
-                    prompt_length=len(prompt),
-                    is_demonstration=is_demonstration,
-                    advantages=np.full(len(response), random.normal(), np.float32),
-                    correct=bool(random.integers(2)),
-                    group=group,
-                    rollout_logprobs=None if is_demonstration else (-4.5 + noise).astype(np.float32),
-                    old_logprobs=(-4.5 + random.normal(0, 0.3, len(response))).astype(np.float32),
-                )
-            )
-    return sequences
 
 
 def run_config(folder: Path, layout: dict, tokens_per_microbatch: int = 1000) -> configuration.RunConfig:
@@ -73,17 +50,16 @@ def reference(folder: Path, name: str) -> tuple[dict[str, float], dict[str, np.n
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    sequences = make_sequences()
     logprobs, entropy = [], []
-    for sequence in sequences:
+    for sequence in SEQUENCES:
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int64)
         logits = model(tokens[None]).logits[0, sequence.prompt_length - 1 : -1] / TEMPERATURE
         distribution = torch.log_softmax(logits, -1)
         logprobs.append(distribution.gather(1, tokens[sequence.prompt_length :, None])[:, 0])
         entropy.append(-(distribution.exp() * distribution).sum(-1))
-    batch = pack(sequences, tuple(range(len(sequences))), sum(len(s.token_ids) for s in sequences))
+    batch = pack(SEQUENCES, tuple(range(len(SEQUENCES))), sum(len(s.token_ids) for s in SEQUENCES))
     inputs = objectives.gather_inputs(batch, TokenStats(logprobs=torch.cat(logprobs), entropy=torch.cat(entropy)))
-    output = objectives.compute(inputs, count(sequences), resolved_objective(name))
+    output = objectives.compute(inputs, count(SEQUENCES), resolved_objective(name))
     output.loss.backward()
     # The trainer reports a maximum `max/<name>` as `<name>/max`.
     names = {k: f"{k.removeprefix('max/')}/max" if k.startswith("max/") else k for k in output.metrics}
@@ -104,7 +80,7 @@ def measure(folder: str, layout: dict, tokens_per_microbatch: int, order: list[i
 
     config = run_config(Path(folder), layout, tokens_per_microbatch)
     groups = parallel.start(config.parallel, seed=1)
-    sequences = [make_sequences()[i] for i in order]
+    sequences = [SEQUENCES[i] for i in order]
     results = {}
     trainer = Trainer(config, groups)
     for name in names:

@@ -1,37 +1,22 @@
 """A step of the trainer: several updates, and what the optimizer does in every layout."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch.distributed as dist
 from spawning import spawn
 from tiny_models import make_model
+from training_sequences import VOCAB, make_sequences
 
 from megatron_srft import config as configuration
 from megatron_srft.sample import TrainingSequence
 
-VOCAB = 99
 
-
-def make_sequences(demonstrations: tuple[bool, ...]) -> list[TrainingSequence]:
+def sequences_of_step(demonstrations: tuple[bool, ...]) -> list[TrainingSequence]:
     """One group of two rollouts for each entry, and a demonstration where the entry is true."""
-    random = np.random.default_rng(5)
-    sequences = []
-    for group, has_demonstration in enumerate(demonstrations):
-        prompt = random.integers(3, VOCAB, 4)
-        for is_demonstration in (False, False, True) if has_demonstration else (False, False):
-            response = random.integers(3, VOCAB, random.integers(2, 9))
-            sequences.append(
-                TrainingSequence(
-                    token_ids=np.concatenate([prompt, response]).astype(np.int32),
-                    prompt_length=len(prompt),
-                    is_demonstration=is_demonstration,
-                    advantages=np.full(len(response), random.normal(), np.float32),
-                    correct=bool(random.integers(2)),
-                    group=group,
-                    rollout_logprobs=None if is_demonstration else np.full(len(response), -4.5, np.float32),
-                )
-            )
-    return sequences
+    groups = [(False, False, True) if shown else (False, False) for shown in demonstrations]
+    return [replace(sequence, old_logprobs=None) for sequence in make_sequences(groups, seed=5)]
 
 
 def run_config(folder: str, layout: dict, optimizer: dict, updates: int):
@@ -56,7 +41,7 @@ def steps(folder: str, layout: dict, optimizer: dict, demonstrations: list[tuple
 
     config = run_config(folder, layout, optimizer, updates)
     trainer = Trainer(config, parallel.start(config.parallel, seed=1))
-    metrics = [trainer.step(make_sequences(shown), 0) for shown in demonstrations]
+    metrics = [trainer.step(sequences_of_step(shown), 0) for shown in demonstrations]
     weights = {name: tensor.float().numpy().copy() for name, tensor in trainer.hf_weights()}
     parallel_state.destroy_model_parallel()
     return metrics, weights
