@@ -8,16 +8,19 @@ autograd formula in each of them; the compiled extension registers its kernels t
 `auto` takes the first that can run a call, in the order of `PREFERENCE`. Asking for one that cannot is an error.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "native", "triton")
+
+DEVICES = ("cpu", "cuda")
 
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 """What `auto` tries on each kind of device, best first; the figures behind it are in csrc/README.md."""
@@ -33,8 +36,9 @@ def declare(
     schema: str,
     *,
     fake: Callable,
-    reference: Callable,
+    reference: Callable | None = None,
     triton: str | None = None,
+    composed: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
@@ -44,6 +48,7 @@ def declare(
         schema: "(Tensor logits, ...) -> Tensor".
         fake: shapes and types of the results, see torch.library.register_fake.
         reference: the op in plain torch.
+        composed: instead of the other two, an op made of other ops; takes the implementation's name first.
         triton: module whose function `name` launches the triton kernel; imported at the first call.
         setup_context, backward: see torch.library.register_autograd; ctx.implementation names the implementation.
     """
@@ -55,9 +60,12 @@ def declare(
             torch.library.register_autograd(
                 qualified, backward, setup_context=_remembering(implementation, setup_context)
             )
-    torch.library.impl(f"srft_reference::{name}", ("cpu", "cuda"), reference)
+        if composed is not None:
+            torch.library.impl(qualified, DEVICES, partial(composed, implementation))
+    if reference is not None:
+        torch.library.impl(f"srft_reference::{name}", DEVICES, reference)
     if triton is not None:
-        torch.library.impl(f"srft_triton::{name}", ("cpu", "cuda"), _imported_late(triton, name))
+        torch.library.impl(f"srft_triton::{name}", DEVICES, _imported_late(triton, name))
 
 
 def kernel(name: str, implementation: str) -> torch._ops.OpOverload:
