@@ -56,8 +56,9 @@ SRFT_HD void project_rows(const ProjectionArguments& call, int64_t row, int64_t 
 
 // Adds kRows rows to one chunk's sums.
 template <int kRows, typename T>
-SRFT_HD void add_rows(const WeightGradientArguments& call, int64_t row, float* of_gate, float* of_reward) {
-  const T* hidden = static_cast<const T*>(call.hidden) + row * call.row_stride;
+SRFT_HD void add_rows(const WeightGradientArguments& call, int64_t row, float* __restrict__ of_gate,
+                      float* __restrict__ of_reward) {
+  const T* __restrict__ hidden = static_cast<const T*>(call.hidden) + row * call.row_stride;
   const float* gradient = call.gradient + 2 * row;
   for (int64_t column = 0; column < call.width; ++column) {
     float gate = of_gate[column];
@@ -76,8 +77,8 @@ template <typename T>
 SRFT_HD void sum_chunks(const WeightGradientArguments& call, int64_t chunk, int64_t end_chunk) {
   const int64_t chunk_rows = rows_per_chunk(call.rows, kChunkRows, kMostChunks);
   for (; chunk < end_chunk; ++chunk) {
-    float* __restrict__ of_gate = call.partial + chunk * 2 * call.width;
-    float* __restrict__ of_reward = of_gate + call.width;
+    float* of_gate = call.partial + chunk * 2 * call.width;
+    float* of_reward = of_gate + call.width;
     for (int64_t i = 0; i < 2 * call.width; ++i) of_gate[i] = 0.0f;
     int64_t row = chunk * chunk_rows;
     const int64_t end = row + chunk_rows < call.rows ? row + chunk_rows : call.rows;
