@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from megatron_srft import __version__
 from megatron_srft.config import MathRewardConfig
+from megatron_srft.ops import implementations
 
 OPTIONAL = {
     "transformer-engine": "fused layers on CUDA",
@@ -25,14 +26,11 @@ OPTIONAL = {
     "apex": "fused optimizer and norms on CUDA",
     "vllm": "not used by this version",
     "wandb": "logging.wandb_project",
-    "triton": "torch.compile on CUDA",
+    "triton": "the ops' kernels on CUDA where the compiled extension has none",
 }
 """Packages that are detected and never required, and what they are for."""
 
 COMPILERS = ("c++", "ninja", "nvcc")
-
-OPS = {"token_logprob": ("torch",), "linear_token_logprob": ("torch",)}
-"""Implementations of each op that this installation has; `auto` takes the last."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,11 @@ def devices() -> Iterator[Finding]:
 
 
 def ops() -> Iterator[Finding]:
-    for name, implementations in OPS.items():
-        yield Finding(name, f"{', '.join(implementations)}; auto picks {implementations[-1]}")
+    """Which implementations of the ops there are for each kind of device here, and which one `auto` takes."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name in implementations.IMPLEMENTATIONS:
+            yield Finding(f"{name} on {device}", implementations.reason_against(name, device) or "works")
+        yield Finding(f"auto on {device}", f"takes {implementations.preferred(device)}")
 
 
 # ---------------------------------------------------------------- trials

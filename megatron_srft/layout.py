@@ -24,9 +24,9 @@ MASTER_AND_MOMENT_BYTES = {"float32": 8, "bfloat16": 12}
 CHECKPOINT_BYTES = {"float32": 4 + 12, "bfloat16": 2 + 12}
 """The parameters as they are, and the optimizer's float32 parameter and two moments."""
 
-SAVED_LOGITS_BYTES = 1 << 30
 CHUNK_BYTES = 32 << 20
-"""Defaults of ops.token_logprob.linear_token_logprob; a test keeps them equal."""
+NARROWEST_CHUNK = 1024
+"""Size of a chunk of logits in ops.linear_token_logprob; a test keeps them equal."""
 
 
 # ---------------------------------------------------------------- ranks and layers
@@ -223,13 +223,13 @@ def layers_in_flight(config: RunConfig, num_layers: int, stage: int) -> int:
 
 
 def head_bytes(config: RunConfig, model: Architecture, tokens: int, padded_vocab: int) -> int:
-    """Kept logits (none where they exceed the op's limit), three working chunks, and both matrices' gradients."""
+    """Kept logits (none where they exceed their budget), a working chunk, and both matrices' gradients."""
     shard = padded_vocab // config.parallel.tensor
     item = BYTES[config.model.dtype]
     logits = tokens * shard * item
-    kept = logits if logits <= SAVED_LOGITS_BYTES else 0
-    chunks = 3 * min(CHUNK_BYTES, tokens * shard * 4)
-    return kept + chunks + shard * model.hidden_size * item + tokens * model.hidden_size * 4
+    kept = logits if logits <= config.ops.saved_logits_gib * 2**30 else 0
+    chunk = min(max(CHUNK_BYTES, tokens * NARROWEST_CHUNK * 4), tokens * shard * 4)
+    return kept + chunk + shard * model.hidden_size * item + tokens * model.hidden_size * 4
 
 
 def generates(config: RunConfig) -> bool:

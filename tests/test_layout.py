@@ -1,13 +1,12 @@
 """Layout arithmetic against numbers worked out by hand for Qwen2.5-7B (hidden 3584, 28 layers, 28/4 heads of 128)."""
 
 import dataclasses
-import inspect
 
 import pytest
 
 from megatron_srft import layout
-from megatron_srft.config import from_dict
-from megatron_srft.ops.token_logprob import linear_token_logprob
+from megatron_srft.config import OpsConfig, from_dict
+from megatron_srft.ops import linear_token_logprob
 from megatron_srft.weights.architecture import Architecture, Rope
 
 QWEN_7B = Architecture(
@@ -81,8 +80,8 @@ def test_memory_of_bfloat16_with_the_optimizer_sharded_over_4_data_ranks():
     assert got.optimizer == 12 * numbers // 4
     # per token and layer: 4 x 3584, and (2 x 3584 + 2 x 512 + 4 x 18944) / 2 on each of two tensor ranks
     assert got.activations == 8192 * 28 * (14336 + (7168 + 1024 + 75776) // 2) * 2
-    # 8192 x 76032 logits in bfloat16 would be 1.16 GiB, above the limit: computed again in the backward pass
-    assert got.head == 3 * (32 << 20) + 76032 * 3584 * 2 + 8192 * 3584 * 4
+    # 8192 x 76032 logits in bfloat16 are 1.16 GiB, within the budget: kept for the backward pass
+    assert got.head == 8192 * 76032 * 2 + (32 << 20) + 76032 * 3584 * 2 + 8192 * 3584 * 4
     assert got.engine == 2 * 7_615_616_512
     # 64 x 8 rollouts over 8 ranks, 4096 tokens each, 28 layers x 2 x 4 heads x 128 in bfloat16
     assert got.cache == 64 * 4096 * 28 * 2 * 4 * 128 * 2
@@ -147,8 +146,9 @@ def test_interleaved_schedules_need_a_multiple_of_the_stages():
 
 
 def test_constants_are_the_ops_defaults():
-    defaults = {k: v.default for k, v in inspect.signature(linear_token_logprob).parameters.items()}
-    assert (layout.SAVED_LOGITS_BYTES, layout.CHUNK_BYTES) == (defaults["saved_logits_bytes"], defaults["chunk_bytes"])
+    assert OpsConfig().saved_logits_gib * 2**30 == linear_token_logprob.SAVED_LOGITS_BYTES
+    assert layout.CHUNK_BYTES == linear_token_logprob.CHUNK_BYTES
+    assert layout.NARROWEST_CHUNK == linear_token_logprob.NARROWEST_CHUNK
 
 
 def test_disk():

@@ -11,6 +11,7 @@ SECTIONS = {
     "": ["RunConfig"],
     "model": ["ModelConfig"],
     "parallel": ["ParallelConfig"],
+    "ops": ["OpsConfig"],
     "data": ["DataConfig"],
     "batch": ["BatchConfig"],
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],

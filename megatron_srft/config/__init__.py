@@ -47,6 +47,7 @@ from megatron_srft.config.setup import (
     BatchConfig,
     DataConfig,
     ModelConfig,
+    OpsConfig,
     OptimizerConfig,
     ParallelConfig,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "LuffyConfig",
     "MathRewardConfig",
     "ModelConfig",
+    "OpsConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PRESETS",

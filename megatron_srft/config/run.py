@@ -33,6 +33,7 @@ from megatron_srft.config.setup import (
     BatchConfig,
     DataConfig,
     ModelConfig,
+    OpsConfig,
     OptimizerConfig,
     ParallelConfig,
 )
@@ -65,6 +66,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=LocalRolloutConfig)

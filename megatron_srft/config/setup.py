@@ -96,6 +96,20 @@ class OptimizerConfig:
 
 
 @section
+class OpsConfig:
+    implementation: Literal["auto", "reference", "native", "triton"] = "auto"
+    """Kernels of the log-probs and losses: auto takes the fastest that is installed, reference is plain torch, native
+    the compiled extension, triton needs a GPU. `megatron-srft doctor` tells what is there; what is not is an error."""
+
+    saved_logits_gib: float = 4.0
+    """Keep a micro-batch's logits for the backward pass if they fit into this much memory; otherwise they are computed
+    again, which costs a third more work in the LM head. 0 never keeps them."""
+
+    def __post_init__(self):
+        require(self.saved_logits_gib >= 0, "ops.saved_logits_gib must not be negative")
+
+
+@section
 class DataConfig:
     train: tuple[str, ...] = ()
     """JSONL or parquet files with prompts, answers and optional demonstrations; rows are concatenated in this order."""

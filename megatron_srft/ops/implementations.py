@@ -84,18 +84,26 @@ def choose(wanted: str | None, tensor: Tensor) -> str:
     """
     wanted = wanted or _default
     if wanted == "auto":
-        order = PREFERENCE.get(tensor.device.type, ("reference",))
-        return next(name for name in order if reason_against(name, tensor.device.type, tensor.dtype) is None)
+        return preferred(tensor.device.type, tensor.dtype)
     if reason := reason_against(wanted, tensor.device.type, tensor.dtype):
-        raise ValueError(f"ops implementation {wanted!r}: {reason}; use 'auto' or 'reference'")
+        raise ValueError(f"ops.implementation {wanted!r}: {reason}; auto or reference would do")
     return wanted
 
 
-def set_default(implementation: str) -> None:
-    """What calls without an explicit implementation take from now on, in this process."""
+def preferred(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """What `auto` takes."""
+    order = PREFERENCE.get(device, ("reference",))
+    return next(name for name in order if reason_against(name, device, dtype) is None)
+
+
+def set_default(implementation: str, device: str) -> None:
+    """What calls without an explicit implementation take from now on, in this process.
+
+    Raises:
+        ValueError: it cannot run on this type of device.
+    """
     global _default
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"no such ops implementation: {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    choose(implementation, torch.empty(0, device=device))
     _default = implementation
 
 

@@ -63,8 +63,8 @@ def linear_token_logprob(
     Returns, Raises: as `token_logprob`.
     """
     _check(hidden, weight, weight_gradient, chunk_columns)
-    shards.check_labels(labels, len(hidden), hidden, vocab_size)
     shards.check_shard(len(weight), vocab_start, vocab_size, temperature, group)
+    shards.check_labels(labels, len(hidden), hidden, vocab_size)
     columns = shards.valid_columns(len(weight), vocab_start, vocab_size)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     statistics = _Linear.apply(
@@ -72,12 +72,12 @@ def linear_token_logprob(
         weight,
         labels,
         weight_gradient,
+        needs_gradient and len(hidden) * columns * hidden.itemsize <= saved_logits_bytes,
+        choose(implementation, hidden),
         vocab_start,
         columns,
         1 / temperature,
         chunk_columns or _chunk_columns(len(hidden), full_type(hidden).itemsize),
-        needs_gradient and len(hidden) * columns * hidden.itemsize <= saved_logits_bytes,
-        choose(implementation, hidden),
     )
     return shards.combine(statistics, labels, vocab_size, group)
 
@@ -112,9 +112,8 @@ def _chunk_columns(rows: int, itemsize: int) -> int:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, weight_gradient, vocab_start, columns, inverse_temperature, chunk, keep, implementation
+        ctx, hidden, weight, labels, weight_gradient, keep, implementation, *numbers
     ):  # fmt: skip
-        numbers = (vocab_start, columns, inverse_temperature, chunk)
         statistics, kept, maxima = kernel("linear_softmax_statistics", implementation)(
             hidden, weight, labels, *numbers, keep
         )

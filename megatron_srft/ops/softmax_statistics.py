@@ -121,9 +121,7 @@ def _block_statistics(logits, local, found, inverse_temperature, kept) -> Statis
         kept.copy_(shifted)
     exponentials = shifted.exp()
     sums = exponentials.sum(dim=1)
-    return torch.stack(
-        (maximum, sums, exponentials.mul_(shifted).sum(dim=1), label_logits.masked_fill_(~found, 0))
-    )
+    return torch.stack((maximum, sums, exponentials.mul_(shifted).sum(dim=1), label_logits.masked_fill_(~found, 0)))
 
 
 def gradient_reference(

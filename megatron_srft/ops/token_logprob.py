@@ -41,8 +41,8 @@ def token_logprob(
             vocabulary. On CUDA, where that check would stall the device, such a label's log-prob is NaN.
     """
     shards.check_matrix("logits", logits)
-    shards.check_labels(labels, len(logits), logits, vocab_size)
     shards.check_shard(logits.shape[1], vocab_start, vocab_size, temperature, group)
+    shards.check_labels(labels, len(logits), logits, vocab_size)
     chosen = choose(implementation, logits)
     columns = shards.valid_columns(logits.shape[1], vocab_start, vocab_size)
     if overwrite_logits:

@@ -1,8 +1,8 @@
 """The LM head: from the last stage's hidden states to log-prob and entropy of the response tokens.
 
-Only the response rows are multiplied with the vocabulary; the logits live inside `ops.token_logprob`. The gradient of
-the hidden states is a partial sum over this rank's vocabulary shard, so the region functions below complete it: an
-all-reduce over the tensor-parallel ranks, or a reduce-scatter when the sequence is cut over them.
+Only the response rows are multiplied with the vocabulary; the logits live inside `ops.linear_token_logprob`. The
+gradient of the hidden states is a partial sum over this rank's vocabulary shard, so the region functions below complete
+it: an all-reduce over the tensor-parallel ranks, or a reduce-scatter when the sequence is cut over them.
 """
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_srft.distributed import Group, rank
-from megatron_srft.ops.token_logprob import linear_token_logprob
+from megatron_srft.ops.linear_token_logprob import linear_token_logprob
 from megatron_srft.sample import PackedBatch, TokenStats
 
 
@@ -23,6 +23,7 @@ def token_stats(
     *,
     vocab_size: int,
     temperature: float,
+    saved_logits_bytes: int,
     sequence_parallel: bool,
     tensor_group: Group,
 ) -> TokenStats:
@@ -33,19 +34,46 @@ def token_stats(
         weight: [vocabulary shard, hidden], this rank's rows of the output embedding.
         vocab_size: valid vocabulary; the padding columns behind it take no probability.
         temperature: the logits are divided by it.
+        saved_logits_bytes: budget for keeping logits from the forward to the backward pass.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_group)
         rows = hidden[:, 0].index_select(0, batch.rows)
     else:
         rows = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, batch.rows), group=tensor_group)
+    accumulates = torch.is_grad_enabled() and hasattr(weight, "main_grad")
     logprobs, entropy = linear_token_logprob(
         rows,
-        weight,
+        _GradientInMainGrad.apply(weight) if accumulates else weight,
         batch.labels,
         vocab_start=rank(tensor_group) * weight.shape[0],
         vocab_size=vocab_size,
         temperature=temperature,
         group=tensor_group,
+        weight_gradient=weight.main_grad if accumulates else None,
+        saved_logits_bytes=saved_logits_bytes,
     )
     return TokenStats(logprobs=logprobs, entropy=entropy)
+
+
+class _GradientInMainGrad(torch.autograd.Function):
+    """The weight, for an op that adds its gradient to Megatron's `main_grad` itself.
+
+    Megatron's DDP is told as its own linear layers tell it: a mark on the parameter, and a gradient without meaning,
+    because its hook may insist on one. With tied embeddings on one stage the embedding brings a gradient of its own,
+    which DDP must add.
+    """
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        assert gradient is None, "the op was to add the gradient to main_grad"
+        if getattr(ctx.weight, "zero_out_wgrad", False):
+            return None
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight)

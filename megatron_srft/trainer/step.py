@@ -37,6 +37,9 @@ class Policy:
     temperature: float
     """Log-probs are of softmax(logits / temperature), the distribution that rollouts are sampled from."""
 
+    saved_logits_bytes: int
+    """A micro-batch's logits are kept for the backward pass if they fit."""
+
     @property
     def config(self):
         return self.chunks[0].module.config
@@ -139,6 +142,7 @@ def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, po
             batch,
             vocab_size=policy.vocab_size,
             temperature=policy.temperature,
+            saved_logits_bytes=policy.saved_logits_bytes,
             sequence_parallel=model.config.sequence_parallel,
             tensor_group=policy.groups.tensor,
         )

@@ -10,6 +10,7 @@ import torch
 from megatron_srft.config import RunConfig
 from megatron_srft.data.packing import pack, padded_length, plan_microbatches
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
+from megatron_srft.ops import implementations
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.model import PolicyModel, build_model
@@ -31,6 +32,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, groups: ProcessGroups):
+        implementations.set_default(config.ops.implementation, device().type)
         self.groups = groups
         self.policy_version = 0
         """Optimizer updates since the run began."""
@@ -43,6 +45,7 @@ class Trainer:
             groups=groups,
             vocab_size=hf_config["vocab_size"],
             temperature=config.rollout.temperature,
+            saved_logits_bytes=int(config.ops.saved_logits_gib * 2**30),
         )
         self.skipped_in_a_row = 0
         self.begin_stage(config, config.steps)
