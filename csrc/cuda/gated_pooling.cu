@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRowsPerWarp = 2;        // of the projection, which share what they read of the weights
+constexpr int kSteps = 2;              // pieces of a row, read before the first is used
+constexpr int kRowsAhead = 4;          // of the weight gradient, read before the first is used
 constexpr int kChunkRows = 16;         // of the weight gradient: at least
 constexpr int kMostChunks = 128;       // keeps its partial sums to a few percent of the hidden states
 constexpr int kRowsPerBlock = 16;      // of the hidden states' gradient
@@ -69,19 +71,29 @@ __global__ void __launch_bounds__(kThreads) project(ProjectionArguments call) {
   }
   float gate[kRowsPerWarp] = {};
   float reward[kRowsPerWarp] = {};
-#pragma unroll 4
-  for (int64_t column = lane * kSize; column < call.width; column += kWarp * kSize) {
-    float values[kRowsPerWarp][kSize], of_gate[kSize], of_reward[kSize];
+  constexpr int kStep = kWarp * kSize;
+  for (int64_t start = lane * kSize; start < call.width; start += kSteps * kStep) {
+    float values[kSteps][kRowsPerWarp][kSize] = {};
 #pragma unroll
-    for (int r = 0; r < kRowsPerWarp; ++r) load_floats(hidden[r] + column, values[r]);
-    load_floats(call.weight + column, of_gate);
-    load_floats(call.weight + call.width + column, of_reward);
+    for (int step = 0; step < kSteps; ++step) {
+      if (start + step * kStep >= call.width) break;
 #pragma unroll
-    for (int r = 0; r < kRowsPerWarp; ++r) {
+      for (int r = 0; r < kRowsPerWarp; ++r) load_floats(hidden[r] + start + step * kStep, values[step][r]);
+    }
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        gate[r] += values[r][i] * of_gate[i];
-        reward[r] += values[r][i] * of_reward[i];
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t column = start + step * kStep;
+      if (column >= call.width) break;
+      float of_gate[kSize], of_reward[kSize];
+      load_floats(call.weight + column, of_gate);
+      load_floats(call.weight + call.width + column, of_reward);
+#pragma unroll
+      for (int r = 0; r < kRowsPerWarp; ++r) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          gate[r] += values[step][r][i] * of_gate[i];
+          reward[r] += values[step][r][i] * of_reward[i];
+        }
       }
     }
   }
@@ -108,16 +120,22 @@ __global__ void __launch_bounds__(kThreads) sum_chunk(WeightGradientArguments ca
   const T* hidden = static_cast<const T*>(call.hidden) + column;
   float gate[kSize] = {};
   float reward[kSize] = {};
-#pragma unroll 8
-  for (int64_t row = first; row < end; ++row) {
-    float values[kSize];
-    load_floats(hidden + row * call.row_stride, values);
-    const float of_gate = call.gradient[2 * row];
-    const float of_reward = call.gradient[2 * row + 1];
+  for (int64_t row = first; row < end; row += kRowsAhead) {
+    float values[kRowsAhead][kSize] = {};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      gate[i] += of_gate * values[i];
-      reward[i] += of_reward * values[i];
+    for (int r = 0; r < kRowsAhead; ++r) {
+      if (row + r < end) load_floats(hidden + (row + r) * call.row_stride, values[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsAhead; ++r) {
+      if (row + r >= end) break;
+      const float of_gate = call.gradient[2 * (row + r)];
+      const float of_reward = call.gradient[2 * (row + r) + 1];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        gate[i] += of_gate * values[r][i];
+        reward[i] += of_reward * values[r][i];
+      }
     }
   }
   float* partial = call.partial + chunk * 2 * call.width + column;
