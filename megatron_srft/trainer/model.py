@@ -4,6 +4,7 @@ Log-probs and entropy are computed from the hidden states and the LM-head shard 
 so that no rank ever holds the logits of a whole micro-batch.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from megatron_srft.trainer.architecture import padded_vocab_size, transformer_co
 from megatron_srft.trainer.attention import PackedAttention
 from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
 
+HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
+"""Whether this megatron-core (0.19, not 0.16) lets its caller say what the last stage makes of the hidden states."""
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the constructor and the mark that megatron expects."""
@@ -33,6 +37,10 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Under sequence parallelism each tensor-parallel rank sees other tokens; this makes megatron add the gradients.
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+def _hidden_states(hidden_states: torch.Tensor, **unused) -> torch.Tensor:
+    return hidden_states
 
 
 class PolicyModel(GPTModel):
@@ -63,8 +71,14 @@ class PolicyModel(GPTModel):
         angles = torch.outer(position_ids[0].float(), frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
-    def _postprocess(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return hidden_states
+    if HAS_OUTPUT_PROCESSOR:
+
+        def forward(self, *args, **kwargs) -> torch.Tensor:
+            return super().forward(*args, output_processor=_hidden_states, **kwargs)
+    else:
+
+        def _postprocess(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            return hidden_states
 
     def output_weight(self) -> torch.Tensor:
         """[padded vocab / tensor, hidden]; this rank's rows of the LM head. Last stage only."""
