@@ -1,0 +1,301 @@
+"""Policy losses over tokens: a weighted sum of terms, its gradient and all per-token figures, in one pass.
+
+    loss = sum_terms sum_rows s l(log p_t, A, H_t)        s = scale * weight * importance weight [/ response length]
+
+A term says which rows it sums, which loss l it takes of each (token_losses.py), and the factor s of every row, which
+carries the mean's denominator and no gradient. A row that belongs to no term contributes nothing, whatever its numbers.
+Scalars are run-time arguments; sums run in a fixed order, so that equal inputs give equal bits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_srft.ops import implementations
+from megatron_srft.ops.token_losses import (
+    CLIPPED,
+    CORRECTED,
+    ENTROPY,
+    LOSSES,
+    NUMBERS,
+    PER_LENGTH,
+    ROWS,
+    Parameters,
+    Term,
+    Tokens,
+    clamped_exp,
+)
+
+ROUNDING = 1e-5
+"""An importance weight counts as corrected when it differs from the ratio it came from by more than this share."""
+
+MAX_TERMS = 8
+
+POPULATIONS = ("rollouts", "demonstrations")
+
+POPULATION_FIGURES = (
+    "nll", "entropy", "ratio", "k1", "k3", "clipped_low", "clipped_high", "mismatch", "mismatch_k3", "corrected",
+    "max_ratio", "max_mismatch",
+)  # fmt: skip
+"""Figures of each population: means over its tokens, then largest values (`max_`; 0 where there is no token)."""
+
+SUMS = 10
+"""How many of them are means."""
+
+TERM_FIGURES = ("loss", "weight", "max_weight")
+"""Figures of each term: its part of the loss; mean and largest weight over its populations, whatever the sign of A."""
+
+
+class Figures(NamedTuple):
+    """Per-token figures of one call, scalars without gradient by name.
+
+    Sums over the call's rows divided by the `tokens` given, so they add up over calls to the means of the whole;
+    `max_` figures are the largest values.
+    """
+
+    rollouts: dict[str, Tensor]
+    demonstrations: dict[str, Tensor]
+    terms: list[dict[str, Tensor]]
+
+
+def clipped_ratio(
+    logprobs: Tensor,
+    entropy: Tensor,
+    terms: Sequence[Term],
+    *,
+    is_demonstration: Tensor,
+    response_lengths: Tensor,
+    engine_logprobs: Tensor,
+    old_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    tokens: tuple[int, int],
+    implementation: str | None = None,
+) -> tuple[Tensor, Figures]:
+    """Loss over some rows, with gradients to `logprobs` and (from terms of the loss "entropy") to `entropy`.
+
+    Args:
+        logprobs: [rows] log-prob of the taken token, float32 or float64.
+        entropy: [rows] in nats.
+        is_demonstration: [rows] bool; the other rows are rollouts.
+        response_lengths: [rows] tokens of the row's response.
+        engine_logprobs: [rows] of the rollout engine; ignored on demonstrations.
+        old_logprobs: [rows] before the step. None: the current ones, so that the ratio is 1.
+        importance_weights: [rows] for an engine unlike the trainer; None: 1.
+        tokens: rollout and demonstration tokens that the figures' means run over, at least those of this call.
+        implementation: see `implementations.choose`.
+
+    Returns:
+        (loss, figures).
+
+    Raises:
+        ValueError: an argument has another shape, type, device or memory layout, or a term says something impossible.
+    """
+    given = {
+        "logprobs": logprobs, "entropy": entropy, "response_lengths": response_lengths,
+        "engine_logprobs": engine_logprobs, "old_logprobs": old_logprobs, "importance_weights": importance_weights,
+    }  # fmt: skip
+    _check_rows(given, is_demonstration)
+    _check_terms(terms, logprobs)
+    advantages, weights = (
+        _matrix([t.advantages for t in terms], logprobs),
+        _matrix([t.weights for t in terms], logprobs),
+    )
+    loss, _, figures = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))(
+        logprobs,
+        entropy,
+        is_demonstration,
+        response_lengths,
+        engine_logprobs,
+        old_logprobs,
+        importance_weights,
+        advantages,
+        weights,
+        [NUMBERS[term.loss] for term in terms],
+        [term.row_bits for term in terms],
+        [number for term in terms for number in term.parameters],
+        list(tokens),
+    )
+    return loss, _named(figures, len(terms))
+
+
+# ---------------------------------------------------------------- the op
+
+
+def reference(
+    logprobs: Tensor,
+    entropy: Tensor,
+    is_demonstration: Tensor,
+    response_lengths: Tensor,
+    engine_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor | None,
+    losses: list[int],
+    rows: list[int],
+    parameters: list[float],
+    tokens: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain torch: (loss, gradients, figures), see `_fake` for their shapes."""
+    one = torch.ones_like(logprobs)
+    old = logprobs if old_logprobs is None else old_logprobs
+    log_ratio, ratio, slope = clamped_exp(logprobs - old)
+    engine_gap, engine_ratio, _ = clamped_exp((old - engine_logprobs).masked_fill(is_demonstration, 0))
+    corrected = (
+        torch.zeros_like(one)
+        if importance_weights is None
+        else ((importance_weights - engine_ratio).abs() > ROUNDING * engine_ratio).to(one.dtype)
+    )
+    low, high, of_terms = torch.zeros_like(one), torch.zeros_like(one), []
+    gradients = logprobs.new_zeros(2 if ENTROPY in losses else 1, logprobs.shape[0])
+    for index, (number, mask) in enumerate(zip(losses, rows, strict=True)):
+        numbers = Parameters(*parameters[5 * index : 5 * index + 5])
+        advantage = one if advantages is None else advantages[index]
+        weight = one if weights is None else weights[index]
+        tokens_now = Tokens(logprobs, entropy, ratio, slope, advantage)
+        chosen = selected(mask, is_demonstration, advantage)
+        factor = numbers.scale * weight
+        if mask & PER_LENGTH:
+            factor = factor / response_lengths
+        if mask & CORRECTED and importance_weights is not None:
+            factor = factor * importance_weights
+        loss, by_logprob, by_entropy = list(LOSSES.values())[number](tokens_now, numbers)
+        gradients[0] += torch.where(chosen, factor * by_logprob, 0)
+        if number == ENTROPY:
+            gradients[1] += torch.where(chosen, factor * by_entropy, 0)
+        if number == CLIPPED:
+            low += chosen & (advantage < 0) & (ratio < numbers.lower)
+            high += chosen & (advantage > 0) & (ratio > numbers.upper)
+        in_populations, size = populations_of(mask, is_demonstration, tokens)
+        kept = torch.where(in_populations, weight, 0)
+        of_terms += [torch.where(chosen, factor * loss, 0).sum(), kept.sum() / size, largest(kept)]
+    values = torch.stack(
+        [-logprobs, entropy, ratio, -log_ratio, ratio - 1 - log_ratio, low, high]
+        + [engine_gap.abs(), engine_ratio - 1 - engine_gap, corrected, ratio, engine_gap.abs()]
+    )
+    of_populations = []
+    for population, size in ((~is_demonstration, tokens[0]), (is_demonstration, tokens[1])):
+        kept = torch.where(population, values, 0)
+        of_populations += [kept[:SUMS].sum(dim=1) / max(size, 1), largest(kept[SUMS:])]
+    return torch.stack(of_terms[::3]).sum(), gradients, torch.cat([*of_populations, torch.stack(of_terms)])
+
+
+def selected(rows: int, is_demonstration: Tensor, advantages: Tensor) -> Tensor:
+    """[rows] bool; whether a term sums a row."""
+    kind = 2 * is_demonstration.int() + ~(advantages > 0)
+    return (rows >> kind) & 1 == 1
+
+
+def populations_of(rows: int, is_demonstration: Tensor, tokens: list[int]) -> tuple[Tensor, int]:
+    """The rows of a term's populations, and how many tokens those have in the whole (at least 1)."""
+    has = [rows & ROWS[population] != 0 for population in POPULATIONS]
+    of_rows = torch.where(is_demonstration, has[1], has[0])
+    return of_rows, max(1, sum(size for size, counted in zip(tokens, has, strict=True) if counted))
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest along the last dimension, at least 0 (the largest of nothing)."""
+    return torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], dim=-1).amax(dim=-1)
+
+
+def _fake(logprobs, entropy, is_demonstration, response_lengths, engine_logprobs, old_logprobs, importance_weights,
+          advantages, weights, losses, rows, parameters, tokens):  # fmt: skip
+    """loss [], gradients [1 or 2, rows] by log-prob (and entropy), figures [of both populations, then of each term]."""
+    figures = len(POPULATIONS) * len(POPULATION_FIGURES) + len(TERM_FIGURES) * len(losses)
+    gradients = 2 if ENTROPY in losses else 1
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(gradients, logprobs.shape[0]),
+        logprobs.new_empty(figures),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, gradients, figures = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gradients, figures)
+    ctx.save_for_backward(gradients)
+
+
+def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 13
+    (gradients,) = ctx.saved_tensors
+    by_logprob, *by_entropy = (gradients * upstream).unbind()
+    return by_logprob, by_entropy[0] if by_entropy else None, *(None,) * 11
+
+
+implementations.declare(
+    "clipped_ratio",
+    "(Tensor logprobs, Tensor entropy, Tensor is_demonstration, Tensor response_lengths, Tensor engine_logprobs, "
+    "Tensor? old_logprobs, Tensor? importance_weights, Tensor? advantages, Tensor? weights, "
+    "int[] losses, int[] rows, float[] parameters, int[] tokens) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    reference=reference,
+    triton="megatron_srft.ops.triton.clipped_ratio",
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+# ---------------------------------------------------------------- arguments and results
+
+
+def _matrix(of_terms: list[Tensor | None], like: Tensor) -> Tensor | None:
+    """[terms, rows] with unit column stride; None when no term has any, a view when all have the same."""
+    given = [tensor for tensor in of_terms if tensor is not None]
+    if not given:
+        return None
+    if all(tensor is given[0] for tensor in of_terms):
+        return given[0].expand(len(of_terms), -1)
+    return torch.stack([torch.ones_like(like) if tensor is None else tensor for tensor in of_terms])
+
+
+def _named(figures: Tensor, terms: int) -> Figures:
+    scalars = iter(figures.unbind())
+    rollouts, demonstrations = ({name: next(scalars) for name in POPULATION_FIGURES} for _ in POPULATIONS)
+    return Figures(rollouts, demonstrations, [{name: next(scalars) for name in TERM_FIGURES} for _ in range(terms)])
+
+
+def _check_rows(given: dict[str, Tensor | None], is_demonstration: Tensor) -> None:
+    logprobs = given["logprobs"]
+    if logprobs.dtype not in (torch.float32, torch.float64) or logprobs.dim() != 1:
+        raise ValueError(f"logprobs must be [rows] float32 or float64, not {_described(logprobs)}")
+    for name, tensor in given.items():
+        if tensor is not None:
+            _check_row_tensor(name, tensor, logprobs, logprobs.dtype)
+    _check_row_tensor("is_demonstration", is_demonstration, logprobs, torch.bool)
+
+
+def _check_row_tensor(name: str, tensor: Tensor, logprobs: Tensor, dtype: torch.dtype) -> None:
+    alike = tensor.shape == logprobs.shape and tensor.dtype == dtype and tensor.device == logprobs.device
+    if not alike or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be [{logprobs.shape[0]}] {_short(dtype)} on {logprobs.device} like logprobs, contiguous, "
+            f"not {_described(tensor)}"
+        )
+
+
+def _check_terms(terms: Sequence[Term], logprobs: Tensor) -> None:
+    if not 1 <= len(terms) <= MAX_TERMS:
+        raise ValueError(f"terms must be 1 to {MAX_TERMS}, not {len(terms)}")
+    for term in terms:
+        if term.loss not in NUMBERS or term.rows not in ROWS:
+            raise ValueError(
+                f"terms: no such loss or rows: {term.loss!r}, {term.rows!r}; "
+                f"known are {', '.join(NUMBERS)} and {', '.join(ROWS)}"
+            )
+        for name in ("advantages", "weights"):
+            if (tensor := getattr(term, name)) is not None:
+                _check_row_tensor(name, tensor, logprobs, logprobs.dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(tensor: Tensor) -> str:
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{list(tensor.shape)} {_short(tensor.dtype)} on {tensor.device}{layout}"
