@@ -82,10 +82,14 @@ def choose(wanted: str | None, tensor: Tensor) -> str:
     Raises:
         ValueError: there is no such implementation, or it cannot run this call here; says why.
     """
-    wanted = wanted or _default
+    return _choose(wanted or _default, tensor.device.type, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _choose(wanted: str, device: str, dtype: torch.dtype) -> str:
     if wanted == "auto":
-        return preferred(tensor.device.type, tensor.dtype)
-    if reason := reason_against(wanted, tensor.device.type, tensor.dtype):
+        return preferred(device, dtype)
+    if reason := reason_against(wanted, device, dtype):
         raise ValueError(f"ops.implementation {wanted!r}: {reason}; auto or reference would do")
     return wanted
 

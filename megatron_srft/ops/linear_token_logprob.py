@@ -12,6 +12,7 @@ because then every row of the weight's gradient is written once.
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from megatron_srft.distributed import Group
 from megatron_srft.ops import shards
@@ -132,6 +133,8 @@ class _Linear(torch.autograd.Function):
             hidden, weight, labels, coefficients, kept, maxima, *ctx.numbers, ctx.keep, needs_hidden,
             weight_gradient, not own,
         )  # fmt: skip
+        if ctx.keep:
+            increment_version(kept)  # a second backward pass then finds that the kept logits are gone
         return (
             hidden_gradient if needs_hidden else None,
             weight_gradient if own else None,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from megatron_srft.distributed import Group
 from megatron_srft.ops import shards
@@ -69,8 +70,8 @@ class _Overwriting(torch.autograd.Function):
         logits, labels, statistics = ctx.saved_tensors
         vocab_start, columns, inverse_temperature = ctx.numbers
         coefficients = gradient_coefficients(statistics, gradient, inverse_temperature)
-        gradient = logits.detach()  # shares the version counter, so that autograd sees that the logits are gone
         kernel("softmax_gradient_", ctx.implementation)(
-            gradient, labels, coefficients, vocab_start, columns, inverse_temperature
+            logits, labels, coefficients, vocab_start, columns, inverse_temperature
         )
-        return gradient, None, None, None, None, None
+        increment_version(logits)  # a second backward pass then finds that the logits are gone
+        return logits.detach(), None, None, None, None, None
