@@ -5,6 +5,7 @@ namespace srft::cpu {
 namespace {
 
 constexpr int kLanes = 16;    // independent sums that the compiler puts into vector registers
+constexpr int kRows = 2;
 constexpr int kChunkRows = 256;
 constexpr int kMostChunks = 64;
 
@@ -17,11 +18,12 @@ SRFT_HD float sum_of_lanes(const float* lanes) {
   return half[0];
 }
 
-// kRows rows at a time, so that a piece of the weights is read once for all of them. A row's sums do not
-// depend on kRows.
-template <int kRows, typename T>
-SRFT_HD void project(const ProjectionArguments& call, int64_t row) {
+// kRows rows at a time, so that a piece of the weights is read once for all of them. An odd last row is its own
+// neighbour: compiled for one row, the loop may round otherwise, and a row's sum must not depend on others.
+template <typename T>
+SRFT_HD void project_pair(const ProjectionArguments& call, int64_t row, int64_t rows) {
   const T* hidden = static_cast<const T*>(call.hidden) + row * call.row_stride;
+  const int64_t step = rows < kRows ? 0 : call.row_stride;
   const float* of_gate = call.weight;
   const float* of_reward = call.weight + call.width;
   float gate[kRows][kLanes] = {};
@@ -30,18 +32,20 @@ SRFT_HD void project(const ProjectionArguments& call, int64_t row) {
   for (int64_t column = 0; column < whole; column += kLanes) {
     for (int r = 0; r < kRows; ++r) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        const float value = to_float(hidden[r * call.row_stride + column + lane]);
+        const float value = to_float(hidden[r * step + column + lane]);
         gate[r][lane] += value * of_gate[column + lane];
         reward[r][lane] += value * of_reward[column + lane];
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int64_t column = whole; column < call.width; ++column) {
-      const float value = to_float(hidden[r * call.row_stride + column]);
+  for (int64_t column = whole; column < call.width; ++column) {
+    for (int r = 0; r < kRows; ++r) {
+      const float value = to_float(hidden[r * step + column]);
       gate[r][column - whole] += value * of_gate[column];
       reward[r][column - whole] += value * of_reward[column];
     }
+  }
+  for (int r = 0; r < rows; ++r) {
     const int64_t at = 2 * (row + r);
     call.result[at] = call.accumulated[at] + sum_of_lanes(gate[r]);
     call.result[at + 1] = call.accumulated[at + 1] + sum_of_lanes(reward[r]);
@@ -50,12 +54,13 @@ SRFT_HD void project(const ProjectionArguments& call, int64_t row) {
 
 template <typename T>
 SRFT_HD void project_rows(const ProjectionArguments& call, int64_t row, int64_t end_row) {
-  for (; row + 2 <= end_row; row += 2) project<2, T>(call, row);
-  for (; row < end_row; ++row) project<1, T>(call, row);
+  for (; row < end_row; row += kRows) {
+    project_pair<T>(call, row, end_row - row < kRows ? end_row - row : kRows);
+  }
 }
 
-// Adds kRows rows to one chunk's sums.
-template <int kRows, typename T>
+// Adds kCount rows to one chunk's sums.
+template <int kCount, typename T>
 SRFT_HD void add_rows(const WeightGradientArguments& call, int64_t row, float* __restrict__ of_gate,
                       float* __restrict__ of_reward) {
   const T* __restrict__ hidden = static_cast<const T*>(call.hidden) + row * call.row_stride;
@@ -63,7 +68,7 @@ SRFT_HD void add_rows(const WeightGradientArguments& call, int64_t row, float* _
   for (int64_t column = 0; column < call.width; ++column) {
     float gate = of_gate[column];
     float reward = of_reward[column];
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const float value = to_float(hidden[r * call.row_stride + column]);
       gate += gradient[2 * r] * value;
       reward += gradient[2 * r + 1] * value;

@@ -189,8 +189,9 @@ def _hidden_gradient_reference(gradient: Tensor, weight: Tensor, like: Tensor) -
 def _sums_reference(accumulated: Tensor, sequences: Tensor, bias: Tensor) -> Tensor:
     tokens = accumulated.shape[0]
     gate, reward = torch.sigmoid(accumulated[:, 0] + bias[0]), accumulated[:, 1] + bias[1]
-    # Every second segment is a gap between responses.
+    # Every second segment is a gap between responses. cummax: a negative length would stop a GPU for good.
     bounds = torch.cat((sequences.new_zeros(1), sequences.flatten().clamp(0, tokens), sequences.new_full((1,), tokens)))
+    bounds = bounds.cummax(dim=0).values
     values = torch.stack((gate, gate * reward), dim=1)
     return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, unsafe=True)[1::2].contiguous()
 
