@@ -118,8 +118,11 @@ inline void* new_stack() {
   return static_cast<char*>(memory) + kGuardBytes;
 }
 
+inline std::vector<char*> stacks;  // one for each thread of the largest block so far
+
 inline void prepare(Thread& thread, unsigned index) {
-  if (thread.stack == nullptr) thread.stack = static_cast<char*>(new_stack());
+  while (stacks.size() <= index) stacks.push_back(static_cast<char*>(new_stack()));
+  thread.stack = stacks[index];
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(thread.stack, kStackBytes);  // of a fibre that was left in the middle
 #endif
