@@ -13,7 +13,9 @@ enum Loss : int { kNll, kLogprob, kClipped, kProbability, kShaped, kEntropy, kLo
 // Bits of PolicyTerm::rows: the kinds of rows that are summed, two to each population (A > 0, not A > 0), ...
 constexpr int kRolloutRows = 0b0011, kDemonstrationRows = 0b1100;
 constexpr int kPerLength = 0b01'0000;  // ... divided by the response's length,
-constexpr int kCorrected = 0b10'0000;  // multiplied by the importance weight
+constexpr int kCorrected = 0b10'0000;  // multiplied by the importance weight; and whether the term has
+constexpr int kAdvantages = 1 << 6;    // advantages
+constexpr int kWeights = 1 << 7;       // and weights; 1 otherwise
 
 constexpr float kLogRatioLimit = 20.0f;
 constexpr float kRounding = 1e-5f;  // an importance weight that differs by more has been corrected
@@ -50,9 +52,9 @@ struct ClippedRatioArguments {
   const float* engine_logprobs;
   const float* old_logprobs;        // null: the current ones
   const float* importance_weights;  // null: 1
-  const float* advantages;          // [terms, rows]; null: 1
+  const float* advantages;          // [terms, rows]; null: no term has any
   int64_t advantages_stride;
-  const float* weights;  // [terms, rows]; null: 1
+  const float* weights;  // [terms, rows]; null: no term has any
   int64_t weights_stride;
   int terms;
   PolicyTerm term[kMaxTerms];
@@ -82,6 +84,17 @@ inline void add_term(ClippedRatioArguments& call, int64_t loss, int64_t rows, co
       .gamma = static_cast<float>(parameters[4]),
       .weight_share = share((rows & kRolloutRows ? tokens[0] : 0) + (rows & kDemonstrationRows ? tokens[1] : 0)),
   };
+}
+
+// A term's advantages or weights; null for 1.
+SRFT_HD const float* advantages_of(const ClippedRatioArguments& call, int index) {
+  const bool given = call.advantages != nullptr && call.term[index].rows & kAdvantages;
+  return given ? call.advantages + index * call.advantages_stride : nullptr;
+}
+
+SRFT_HD const float* weights_of(const ClippedRatioArguments& call, int index) {
+  const bool given = call.weights != nullptr && call.term[index].rows & kWeights;
+  return given ? call.weights + index * call.weights_stride : nullptr;
 }
 
 SRFT_HD int figure_count(const ClippedRatioArguments& call) {

@@ -108,9 +108,8 @@ SRFT_HD void run_term(const ClippedRatioArguments& call, int index, Chunk& chunk
   const PolicyTerm& term = call.term[index];
   RowsOfTerm rows;
   float other[kChunkRows];
-  copy(chunk, call.advantages == nullptr ? nullptr : call.advantages + index * call.advantages_stride, 1.0f,
-       rows.advantage);
-  copy(chunk, call.weights == nullptr ? nullptr : call.weights + index * call.weights_stride, 1.0f, rows.weight);
+  copy(chunk, advantages_of(call, index), 1.0f, rows.advantage);
+  copy(chunk, weights_of(call, index), 1.0f, rows.weight);
   for (int i = 0; i < chunk.padded; ++i) rows.factor[i] = term.scale * rows.weight[i];
   if (term.rows & kPerLength) {
     copy(chunk, call.response_lengths, 1.0f, other);

@@ -53,10 +53,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const ClippedRatioArgume
   float by_logprob = 0.0f, by_entropy = 0.0f, clipped_low = 0.0f, clipped_high = 0.0f;
   for (int index = 0; index < call.terms; ++index) {
     const PolicyTerm& term = call.term[index];
-    const float* const advantages = call.advantages;
-    const float* const weights = call.weights;
-    const float advantage = value_of(advantages ? advantages + index * call.advantages_stride : nullptr, 1.0f);
-    const float weight = value_of(weights ? weights + index * call.weights_stride : nullptr, 1.0f);
+    const float advantage = value_of(advantages_of(call, index), 1.0f);
+    const float weight = value_of(weights_of(call, index), 1.0f);
     float factor = term.scale * weight;
     if (term.rows & kPerLength) factor /= value_of(call.response_lengths, 1.0f);
     if (term.rows & kCorrected) factor *= importance;

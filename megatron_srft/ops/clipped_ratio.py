@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_srft.ops import implementations
 from megatron_srft.ops.token_losses import (
+    ADVANTAGES,
     CLIPPED,
     CORRECTED,
     ENTROPY,
@@ -22,6 +23,7 @@ from megatron_srft.ops.token_losses import (
     NUMBERS,
     PER_LENGTH,
     ROWS,
+    WEIGHTS,
     Parameters,
     Term,
     Tokens,
@@ -98,10 +100,7 @@ def clipped_ratio(
     }  # fmt: skip
     _check_rows(given, is_demonstration)
     _check_terms(terms, logprobs)
-    advantages, weights = (
-        _matrix([t.advantages for t in terms], logprobs),
-        _matrix([t.weights for t in terms], logprobs),
-    )
+    advantages, weights = _matrix([t.advantages for t in terms]), _matrix([t.weights for t in terms])
     loss, _, figures = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))(
         logprobs,
         entropy,
@@ -152,8 +151,8 @@ def reference(
     gradients = logprobs.new_zeros(2 if ENTROPY in losses else 1, logprobs.shape[0])
     for index, (number, mask) in enumerate(zip(losses, rows, strict=True)):
         numbers = Parameters(*parameters[5 * index : 5 * index + 5])
-        advantage = one if advantages is None else advantages[index]
-        weight = one if weights is None else weights[index]
+        advantage = advantages[index] if mask & ADVANTAGES else one
+        weight = weights[index] if mask & WEIGHTS else one
         tokens_now = Tokens(logprobs, entropy, ratio, slope, advantage)
         chosen = selected(mask, is_demonstration, advantage)
         factor = numbers.scale * weight
@@ -243,14 +242,14 @@ implementations.declare(
 # ---------------------------------------------------------------- arguments and results
 
 
-def _matrix(of_terms: list[Tensor | None], like: Tensor) -> Tensor | None:
-    """[terms, rows] with unit column stride; None when no term has any, a view when all have the same."""
+def _matrix(of_terms: list[Tensor | None]) -> Tensor | None:
+    """[terms, rows] with any values for terms that have none; None when no term has any; a view when all agree."""
     given = [tensor for tensor in of_terms if tensor is not None]
     if not given:
         return None
-    if all(tensor is given[0] for tensor in of_terms):
+    if all(tensor is given[0] for tensor in given):
         return given[0].expand(len(of_terms), -1)
-    return torch.stack([torch.ones_like(like) if tensor is None else tensor for tensor in of_terms])
+    return torch.stack([given[0] if tensor is None else tensor for tensor in of_terms])
 
 
 def _named(figures: Tensor, terms: int) -> Figures:

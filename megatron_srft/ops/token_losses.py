@@ -24,8 +24,8 @@ ROWS = {
 }
 """The rows a term sums, a bit for each of: rollouts with A > 0, other rollouts, demonstrations with A > 0, others."""
 
-PER_LENGTH, CORRECTED = 0b01_0000, 0b10_0000
-"""Further bits, for what a row's loss is multiplied by."""
+PER_LENGTH, CORRECTED, ADVANTAGES, WEIGHTS = (1 << bit for bit in range(4, 8))
+"""Further bits: what a row's loss is multiplied by, and whether the term has advantages and weights (else 1)."""
 
 
 class Parameters(NamedTuple):
@@ -75,7 +75,9 @@ class Term:
 
     @property
     def row_bits(self) -> int:
-        return ROWS[self.rows] | PER_LENGTH * self.per_length | CORRECTED * self.corrected
+        factors = PER_LENGTH * self.per_length | CORRECTED * self.corrected
+        given = ADVANTAGES * (self.advantages is not None) | WEIGHTS * (self.weights is not None)
+        return ROWS[self.rows] | factors | given
 
     @property
     def parameters(self) -> Parameters:

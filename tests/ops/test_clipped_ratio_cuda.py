@@ -9,7 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler")
 
-PER_LENGTH, CORRECTED = 16, 32
+PER_LENGTH, CORRECTED, ADVANTAGES, WEIGHTS = 16, 32, 64, 128
+GIVEN = ADVANTAGES | WEIGHTS
 POPULATION_FIGURES, TERM_FIGURES = 12, 3
 THREADS = 256
 
@@ -66,15 +67,22 @@ def random_rows(count: int, terms: int, seed: int = 0, spread: float = 0.4) -> d
 
 INF = float("inf")
 TERMS = {  # losses, bits of rows, scale, lower, upper, dual clip, gamma
-    "sft": ([0], [0b1100], [0.01, -INF, INF, INF, 0.1]),
-    "grpo": ([2], [0b0011 | CORRECTED], [0.01, 0.8, 1.28, INF, 0.1]),
-    "dual clip": ([2], [0b1111 | PER_LENGTH], [0.5, 0.9, 1.1, 1.5, 0.1]),
+    "sft": ([0], [0b1100 | WEIGHTS], [0.01, -INF, INF, INF, 0.1]),
+    "sft without weights": ([0], [0b1100], [0.01, -INF, INF, INF, 0.1]),
+    "grpo": ([2], [0b0011 | CORRECTED | GIVEN], [0.01, 0.8, 1.28, INF, 0.1]),
+    "dual clip": ([2], [0b1111 | PER_LENGTH | ADVANTAGES], [0.5, 0.9, 1.1, 1.5, 0.1]),
     "srft": (
         [0, 4, 1, 2, 5],
-        [0b1100, 0b1100 | PER_LENGTH, 0b0001 | CORRECTED, 0b0010 | PER_LENGTH | CORRECTED, 0b1111],
+        [
+            0b1100 | WEIGHTS,
+            0b1100 | PER_LENGTH | GIVEN,
+            0b0001 | CORRECTED | GIVEN,
+            0b0010 | PER_LENGTH | CORRECTED | GIVEN,
+            0b1111,
+        ],
         [0.02, 1, 1, 1, 0.1, 0.3, 1, 1, 1, 0.3, 0.04, 1, 1, 1, 1, 0.5, 0.8, 1.2, INF, 1, 0.001, 1, 1, 1, 1],
     ),
-    "eight": ([2, 3] * 4, [0b1111] * 8, [0.1, 0.8, 1.2, 3.0, 0.1] * 8),
+    "eight": ([2, 3] * 4, [0b1111 | GIVEN] * 8, [0.1, 0.8, 1.2, 3.0, 0.1] * 8),
 }
 
 
@@ -111,9 +119,13 @@ def test_extreme_log_ratios(case):
     check(random_rows(700, len(TERMS[case][0]), spread=15.0), case)
 
 
-@pytest.mark.parametrize("missing", ["old_logprobs", "importance_weights", "advantages", "weights"])
+@pytest.mark.parametrize("missing", ["old_logprobs", "importance_weights"])
 def test_what_may_be_missing(missing):
     check(random_rows(700, 5) | {missing: None}, "srft")
+
+
+def test_terms_without_advantages_and_weights():
+    check(random_rows(700, 1) | {"advantages": None, "weights": None}, "sft without weights")
 
 
 def test_one_row_of_advantages_for_all_terms():
