@@ -6,17 +6,19 @@ export PYTHON
 # Single-threaded ranks by default: the tests and the demo bring their own processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-fast lint docs doctor clean
+.PHONY: help setup demo test test-fast test-kernels kernels lint docs doctor clean
 .NOTPARALLEL:
 
 help:
-	@echo "make demo       train a small model by SRFT on 2 processes (CPU or GPUs), write report and checkpoint"
-	@echo "make test       linter and all tests"
-	@echo "make test-fast  the tests that are not marked slow"
-	@echo "make lint       ruff check and format check"
-	@echo "make docs       write docs/configuration.md anew from the docstrings in config/"
-	@echo "make doctor     what is installed, and what works on this machine"
-	@echo "make clean      remove .venv, build products and caches; runs/ stays"
+	@printf "%-18s %s\n" "make demo" "train a small model by SRFT on 2 processes (CPU or GPUs), write report and checkpoint"
+	@printf "%-18s %s\n" "make test" "linter and all tests"
+	@printf "%-18s %s\n" "make test-fast" "the tests that are not marked slow"
+	@printf "%-18s %s\n" "make test-kernels" "the tests of the ops and their kernels alone"
+	@printf "%-18s %s\n" "make kernels" "compile csrc/ anew and show the compiler's output (make setup compiles it as well)"
+	@printf "%-18s %s\n" "make lint" "ruff check and format check"
+	@printf "%-18s %s\n" "make docs" "write docs/configuration.md anew from the docstrings in config/"
+	@printf "%-18s %s\n" "make doctor" "what is installed, and what works on this machine"
+	@printf "%-18s %s\n" "make clean" "remove .venv, build products and caches; runs/ stays"
 
 # Any Python 3 may run the script; it picks the supported interpreter and says so when there is none.
 setup:
@@ -36,6 +38,12 @@ test: lint
 test-fast: setup
 	@echo "running the tests that are not marked slow ..."
 	@$(VENV_PYTHON) -m pytest -m "not slow"
+
+test-kernels: setup
+	@$(VENV_PYTHON) -m pytest tests/ops
+
+kernels: setup
+	@SRFT_NATIVE=1 $(VENV_PYTHON) setup.py build_ext --inplace
 
 lint: setup
 	@echo "linting ..."

@@ -40,6 +40,18 @@ print(json.dumps(dict(
 """
 """Run in a candidate interpreter: what it is and which torch it already has."""
 
+CHECK_TORCH = """
+import importlib.metadata as metadata, importlib.util, torch
+print(metadata.version("torch"), importlib.util.find_spec("triton") is not None)
+"""
+
+KERNELS = """
+from megatron_srft.ops import implementations as ops
+missing = [f"{device}: {reason}" for device in ("cpu", "cuda") if (reason := ops.reason_against("native", device))]
+print("; ".join(missing) or "for CPU and CUDA")
+"""
+"""Run in the environment: what of csrc/ was compiled. Without it the plain torch ops serve."""
+
 
 class SetupFailed(Exception):
     """A step did not work; the message says which, and what to do."""
@@ -151,7 +163,8 @@ def make_venv(facts, made_from):
 
 
 def install_torch(facts, borrowed):
-    """Step 2: the torch that is there, or the pinned one. Returns a constraint file that holds it fixed."""
+    """Step 2: the torch that is there, or the pinned one. Returns a constraint file that holds it fixed, and whether
+    triton came with it."""
     if borrowed:
         print("[2/4] torch: using the one that is there, {} in {}".format(facts["torch"], borrowed), flush=True)
         site = next((VENV / "lib").glob("python3.*/site-packages"))
@@ -160,12 +173,12 @@ def install_torch(facts, borrowed):
     else:
         run("[2/4] torch: installing it, the largest download", pip("-r", "requirements/torch.txt"), NETWORK)
     # pip compares with the version in the metadata, which lacks the +cu130 that torch.__version__ may have.
-    check = [PYTHON, "-c", "import importlib.metadata as m, torch; print(m.version('torch'))"]
+    check = [PYTHON, "-c", CHECK_TORCH]
     remedy = "This torch does not work here. Name an interpreter without it (make setup PYTHON=...), or repair it."
-    version = run("      checking that torch imports", check, remedy).splitlines()[-1]
+    version, has_triton = run("      checking that torch imports", check, remedy).splitlines()[-1].split()
     hold = VENV / "hold-torch.txt"
     hold.write_text(f"torch=={version}\n", encoding="utf-8")
-    return hold
+    return hold, has_triton == "True"
 
 
 def build(wanted, facts):
@@ -178,11 +191,13 @@ def build(wanted, facts):
         "borrowed": borrowed,
     }
     make_venv(facts, made_from)
-    hold = install_torch(facts, borrowed)
-    pinned = pip("-c", hold, "-r", "requirements/runtime.txt", "-r", "requirements/dev.txt")
+    hold, has_triton = install_torch(facts, borrowed)
+    triton = [] if has_triton else ["-r", "requirements/triton.txt"]
+    pinned = pip("-c", hold, "-r", "requirements/runtime.txt", "-r", "requirements/dev.txt", *triton)
     run("[3/4] installing the pinned packages of requirements/", pinned, NETWORK)
     ourselves = pip("--no-deps", "--no-build-isolation", "-e", ".")
     run("[4/4] installing megatron_srft itself, editable", ourselves, "The build of this project failed; see above.")
+    print("      " + run("      compiled kernels", [PYTHON, "-c", KERNELS], "The package just installed does not import."))
     STAMP.write_text(json.dumps(dict(made_from, wanted=wanted, inputs=fingerprint()), indent=1), encoding="utf-8")
 
 
