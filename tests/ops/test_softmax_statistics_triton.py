@@ -90,6 +90,14 @@ def test_logits_may_be_kept_in_their_own_memory(name):
     assert torch.equal(together[1][:, : problem.columns], apart[1][:, : problem.columns])
 
 
+def test_labels_far_outside_match_no_column():
+    problem = make(4, 40)
+    problem.labels[:] = torch.tensor([2**32 + 3, 3 - 2**32, -100, 2**62])
+    check_statistics(statistics(problem), problem)
+    terms = coefficients(problem)
+    check_gradient(gradient(problem, terms), problem, terms)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [0, 700, 5000])
 def test_nan_and_infinity_show_in_their_row_only(bad, column):

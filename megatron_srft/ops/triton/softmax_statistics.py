@@ -28,16 +28,9 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 512, 4096
 """Columns that a program takes at once: 1 to 8 warps. Beyond 4096 registers grow without more loads in flight."""
 
 NOT_SPECIALISED = (
-    "labels",
-    "coefficients",
-    "result",
-    "row_vectors",
-    "kept_vectors",
-    "out_vectors",
-    "rows",
-    "vocab_start",
+    *("labels", "coefficients", "result", "row_vectors", "kept_vectors", "out_vectors"),
+    *("rows", "vocab_start", "columns", "width", "scale"),
 )
-NOT_SPECIALISED += ("columns", "width", "scale")
 """Arguments whose value or alignment must not compile a kernel again: all but the pointers to whole rows."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -267,7 +260,7 @@ def gradient_kernel(
     logits += row * row_vectors * VECTOR
     out += row * out_vectors * VECTOR
     local = tl.load(labels + row) - vocab_start
-    local = tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
+    local = tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)  # 64 bits would cost every element
     coefficients += row
     reference = tl.load(coefficients)
     reference = tl.where(reference == float("-inf"), 0.0, reference)
