@@ -24,6 +24,7 @@ namespace srft::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid, in x
 
 // 16 bytes of elements, moved by one instruction. The address must be a multiple of 16.
 template <typename T>
@@ -56,6 +57,51 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
   uint4 words;
   memcpy(&words, &vector, sizeof words);
   *reinterpret_cast<uint4*>(address) = words;
+}
+
+// kCount elements as floats: one if kCount is 1, else whole vectors, whose addresses must be multiples of 16.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_floats(const T* from, float* values) {
+  constexpr int kSize = kCount == 1 ? 1 : Vector<T>::kSize;
+  static_assert(kCount % kSize == 0, "whole vectors");
+  if constexpr (kCount == 1) {
+    values[0] = to_float(from[0]);
+  } else {
+#pragma unroll
+    for (int start = 0; start < kCount; start += kSize) {
+      const Vector<T> vector = load_vector(from + start);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) values[start + k] = to_float(vector.elements[k]);
+    }
+  }
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store_floats(T* to, const float* values) {
+  constexpr int kSize = kCount == 1 ? 1 : Vector<T>::kSize;
+  static_assert(kCount % kSize == 0, "whole vectors");
+  if constexpr (kCount == 1) {
+    to[0] = from_float<T>(values[0]);
+  } else {
+#pragma unroll
+    for (int start = 0; start < kCount; start += kSize) {
+      Vector<T> vector;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) vector.elements[k] = from_float<T>(values[start + k]);
+      store_vector(to + start, vector);
+    }
+  }
+}
+
+// The larger one, or NaN if one is NaN (fmaxf leaves NaN out).
+__device__ __forceinline__ float larger(float left, float right) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(left), "f"(right));
+  return result;
+#else
+  return left != left || left > right ? left : right;
+#endif
 }
 
 SRFT_HD int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
