@@ -12,42 +12,23 @@ it as well).
 """
 
 from megatron_srft.config import GrpoConfig
-from megatron_srft.objectives.metrics import clip_metrics, rollout_metrics
-from megatron_srft.objectives.terms import (
-    ObjectiveInputs,
-    ObjectiveOutput,
-    average,
-    clipped_surrogate,
-    correct_for_engine,
-    entropy_bonus,
-    log_ratio,
-)
+from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, entropy_bonus, evaluate, mean_over
+from megatron_srft.ops.token_losses import Term
 from megatron_srft.sample import Counts
 
 
 def grpo(inputs: ObjectiveInputs, counts: Counts, config: GrpoConfig) -> ObjectiveOutput:
     """This micro-batch's share of the GRPO loss."""
-    losses = clipped_surrogate(
-        log_ratio(inputs).exp(), inputs.advantages, config.clip_low, config.clip_high, config.dual_clip
-    )
-    policy = average(
-        correct_for_engine(losses, inputs),
-        ~inputs.is_demonstration,
-        inputs,
-        counts,
-        population="rollouts",
-        denominator=config.denominator,
-        constant_length=config.constant_length,
-    )
-    bonus = entropy_bonus(inputs, counts, "rollouts", config.entropy_coefficient)
-    loss = policy + bonus
-    return ObjectiveOutput(
-        loss=loss,
-        metrics={
-            "loss": loss.detach(),
-            "loss/rollouts": policy.detach(),
-            "loss/entropy_bonus": bonus.detach(),
-            **clip_metrics(inputs, inputs.advantages, counts, config.clip_low, config.clip_high),
-            **rollout_metrics(inputs, counts),
-        },
-    )
+    terms = {
+        "rollouts": Term(
+            loss="clipped",
+            rows="rollouts",
+            advantages=inputs.advantages,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            **mean_over("rollouts", counts, Mean(config.denominator, config.constant_length)),
+        ),
+        "entropy_bonus": entropy_bonus("rollouts", counts, config.entropy_coefficient),
+    }
+    return evaluate(inputs, counts, terms, of_demonstrations=False, clips=True)

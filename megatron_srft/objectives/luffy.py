@@ -12,43 +12,29 @@ the number of sequences and averages over ranks, so its loss scales with the clu
 times the constant length, and the entropy mean runs over the whole update.
 """
 
-import torch
+from math import inf
 
 from megatron_srft.config import LuffyConfig
-from megatron_srft.objectives.metrics import clip_metrics, demonstration_metrics, rollout_metrics
-from megatron_srft.objectives.terms import (
-    ObjectiveInputs,
-    ObjectiveOutput,
-    average,
-    clipped_surrogate,
-    correct_for_engine,
-    entropy_bonus,
-    log_ratio,
-    shaped_probability,
-)
+from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, entropy_bonus, evaluate, mean_over
+from megatron_srft.ops.token_losses import SHAPINGS, Term
 from megatron_srft.sample import Counts
 
 
 def luffy(inputs: ObjectiveInputs, counts: Counts, config: LuffyConfig) -> ObjectiveOutput:
     """This micro-batch's share of the LUFFY loss."""
-    clip = torch.inf if config.clip is None else config.clip
-    on_policy = clipped_surrogate(log_ratio(inputs).exp(), inputs.advantages, clip, clip)
-    off_policy = -inputs.advantages * shaped_probability(inputs.logprobs, config.shaping, config.gamma)
-    shares = dict(population="both", denominator=config.denominator, constant_length=config.constant_length)
-    rollouts = average(correct_for_engine(on_policy, inputs), ~inputs.is_demonstration, inputs, counts, **shares)
-    demonstrations = average(off_policy, inputs.is_demonstration, inputs, counts, **shares)
-    bonus = entropy_bonus(inputs, counts, "both", config.entropy_coefficient)
-    loss = rollouts + demonstrations + bonus
-    clipping = {} if config.clip is None else clip_metrics(inputs, inputs.advantages, counts, clip, clip)
-    return ObjectiveOutput(
-        loss=loss,
-        metrics={
-            "loss": loss.detach(),
-            "loss/rollouts": rollouts.detach(),
-            "loss/demonstrations": demonstrations.detach(),
-            "loss/entropy_bonus": bonus.detach(),
-            **clipping,
-            **rollout_metrics(inputs, counts),
-            **demonstration_metrics(inputs, counts),
-        },
-    )
+    mean = mean_over("both", counts, Mean(config.denominator, config.constant_length))
+    clip = inf if config.clip is None else config.clip
+    terms = {
+        "rollouts": Term(
+            loss="clipped", rows="rollouts", advantages=inputs.advantages, clip_low=clip, clip_high=clip, **mean
+        ),
+        "demonstrations": Term(
+            loss=SHAPINGS[config.shaping],
+            rows="demonstrations",
+            advantages=inputs.advantages,
+            gamma=config.gamma,
+            **mean,
+        ),
+        "entropy_bonus": entropy_bonus("both", counts, config.entropy_coefficient),
+    }
+    return evaluate(inputs, counts, terms, clips=config.clip is not None)

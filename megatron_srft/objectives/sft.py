@@ -6,20 +6,12 @@ Equation 1 of SRFT (arXiv 2506.19767). Rollout rows contribute nothing.
 """
 
 from megatron_srft.config import SftConfig
-from megatron_srft.objectives.metrics import demonstration_metrics
-from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput, average
+from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, evaluate, mean_over
+from megatron_srft.ops.token_losses import Term
 from megatron_srft.sample import Counts
 
 
 def sft(inputs: ObjectiveInputs, counts: Counts, config: SftConfig) -> ObjectiveOutput:
     """This micro-batch's share of the SFT loss."""
-    loss = average(
-        -inputs.logprobs,
-        inputs.is_demonstration,
-        inputs,
-        counts,
-        population="demonstrations",
-        denominator=config.denominator,
-        constant_length=config.constant_length,
-    )
-    return ObjectiveOutput(loss=loss, metrics={"loss": loss.detach(), **demonstration_metrics(inputs, counts)})
+    mean = mean_over("demonstrations", counts, Mean(config.denominator, config.constant_length))
+    return evaluate(inputs, counts, {"sft": Term(loss="nll", rows="demonstrations", **mean)}, of_rollouts=False)

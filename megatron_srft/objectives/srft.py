@@ -23,24 +23,25 @@ are divided by all rollouts, not by the correct and the wrong ones apart. The co
 over the whole update, which the released code leaves to the size of the cluster (docs/objectives.md).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron_srft.config import SrftConfig
-from megatron_srft.objectives.metrics import clip_metrics, demonstration_metrics, largest, rollout_metrics
 from megatron_srft.objectives.terms import (
+    Mean,
     ObjectiveInputs,
     ObjectiveOutput,
-    average,
-    clipped_surrogate,
-    correct_for_engine,
+    Population,
     entropy_at_level,
     entropy_bonus,
     entropy_weight,
-    log_ratio,
-    shaped_probability,
-    token_mean,
+    evaluate,
+    mean_over,
+    token_mean_over,
 )
+from megatron_srft.ops.token_losses import SHAPINGS, Term
 from megatron_srft.sample import Counts
 
 
@@ -49,40 +50,40 @@ def srft(inputs: ObjectiveInputs, counts: Counts, config: SrftConfig) -> Objecti
     entropy = entropy_at_level(inputs, config.entropy_level)
     w_sft = entropy_weight(entropy, config.sft_weight, config.sft_entropy_sign, config.exponent_limit)
     w_rl = entropy_weight(entropy, config.rl_weight, config.rl_entropy_sign, config.exponent_limit)
-    advantages = rollout_advantages(inputs, config)
-    on_policy = correct_for_engine(rollout_losses(inputs, advantages, config), inputs)
-    off_policy = -inputs.advantages * shaped_probability(inputs.logprobs, config.demonstration_shaping, config.gamma)
 
-    def rl_mean(values: Tensor, mask: Tensor, population: str) -> Tensor:
-        population = "both" if config.joint_rl_count else population
-        shares = dict(population=population, denominator=config.denominator, constant_length=config.constant_length)
-        return average(values, mask, inputs, counts, **shares)
+    def rl_mean(population: Population, coefficient: float = 1.0) -> dict[str, Any]:
+        mean = Mean(config.denominator, config.constant_length)
+        return mean_over("both" if config.joint_rl_count else population, counts, mean, coefficient)
 
-    is_rollout, positive = ~inputs.is_demonstration, advantages > 0
+    on_policy = rollout_surrogate(inputs, config) | rl_mean("rollouts")
     terms = {
-        "sft": token_mean(w_sft * -inputs.logprobs, inputs, counts, "demonstrations"),
-        "rl_demonstrations": config.demonstration_rl_weight
-        * rl_mean(off_policy, inputs.is_demonstration, "demonstrations"),
-        "rl_positive": rl_mean(w_rl * on_policy, is_rollout & positive, "rollouts"),
-        "rl_negative": rl_mean(on_policy, is_rollout & ~positive, "rollouts"),
-        "entropy_bonus": entropy_bonus(inputs, counts, "both", config.entropy_coefficient),
+        "sft": Term(loss="nll", rows="demonstrations", weights=w_sft, **token_mean_over("demonstrations", counts)),
+        "rl_demonstrations": Term(
+            loss=SHAPINGS[config.demonstration_shaping],
+            rows="demonstrations",
+            advantages=inputs.advantages,
+            gamma=config.gamma,
+            **rl_mean("demonstrations", config.demonstration_rl_weight),
+        ),
+        "rl_positive": Term(rows="positive_rollouts", weights=w_rl, **on_policy),
+        "rl_negative": Term(rows="other_rollouts", **on_policy),
+        "entropy_bonus": entropy_bonus("both", counts, config.entropy_coefficient),
     }
-    loss = sum(terms.values())
-    return ObjectiveOutput(
-        loss=loss,
-        metrics={
-            "loss": loss.detach(),
-            **{f"loss/{name}": term.detach() for name, term in terms.items()},
-            **weight_metrics(inputs, counts, w_sft, w_rl),
-            **(
-                clip_metrics(inputs, advantages, counts, config.clip_low, config.clip_high)
-                if config.rollout_surrogate == "clipped_ratio"
-                else {}
-            ),
-            **rollout_metrics(inputs, counts),
-            **demonstration_metrics(inputs, counts),
-        },
-    )
+    clips = config.rollout_surrogate == "clipped_ratio"
+    return evaluate(inputs, counts, terms, clips=clips, weights={"sft": "sft", "rl": "rl_positive"})
+
+
+def rollout_surrogate(inputs: ObjectiveInputs, config: SrftConfig) -> dict[str, Any]:
+    """The fields of a `Term` for -a g."""
+    advantages = rollout_advantages(inputs, config)
+    match config.rollout_surrogate:
+        case "logprob":
+            return dict(loss="logprob", advantages=advantages)
+        case "ratio":
+            return dict(loss="clipped", advantages=advantages)
+        case "clipped_ratio":
+            clips = dict(clip_low=config.clip_low, clip_high=config.clip_high)
+            return dict(loss="clipped", advantages=advantages, **clips)
 
 
 def rollout_advantages(inputs: ObjectiveInputs, config: SrftConfig) -> Tensor:
@@ -90,26 +91,3 @@ def rollout_advantages(inputs: ObjectiveInputs, config: SrftConfig) -> Tensor:
     if config.rollout_advantage == "group":
         return inputs.advantages
     return torch.where(inputs.correct, 1.0, -1.0).to(inputs.logprobs.dtype)
-
-
-def rollout_losses(inputs: ObjectiveInputs, advantages: Tensor, config: SrftConfig) -> Tensor:
-    """[rows] -a g of the rollouts, before the entropy weight."""
-    match config.rollout_surrogate:
-        case "logprob":
-            return -advantages * inputs.logprobs
-        case "ratio":
-            return -advantages * log_ratio(inputs).exp()
-        case "clipped_ratio":
-            return clipped_surrogate(log_ratio(inputs).exp(), advantages, config.clip_low, config.clip_high)
-
-
-def weight_metrics(inputs: ObjectiveInputs, counts: Counts, w_sft: Tensor, w_rl: Tensor) -> dict[str, Tensor]:
-    """Mean and largest w_sft over demonstration tokens, w_rl over all rollout tokens (also where it is not applied)."""
-    out = {}
-    if counts.demonstration_tokens:
-        out["weight/sft"] = token_mean(w_sft, inputs, counts, "demonstrations")
-        out["max/weight_sft"] = largest(w_sft, inputs.is_demonstration)
-    if counts.rollout_tokens:
-        out["weight/rl"] = token_mean(w_rl, inputs, counts, "rollouts")
-        out["max/weight_rl"] = largest(w_rl, ~inputs.is_demonstration)
-    return out

@@ -1,8 +1,9 @@
-"""What objectives are made of: their inputs and output, the per-token losses, the entropy weights, the averages.
+"""What objectives are made of: their inputs and output, their terms' means and weights, and `evaluate`.
 
-An objective is a sum of terms; a term is a token population, a per-token loss, a weight and a denominator. Denominators
-come from `Counts`, which hold for the whole optimizer update, so a micro-batch's loss and metrics are shares that add
-up to the update's, however it was cut into micro-batches and over ranks. An empty population contributes 0.
+An objective is a table of terms; a term is a token population, a per-token loss (ops/token_losses.py), a weight and a
+denominator. One op gives the loss, its gradient and every per-token figure (ops/clipped_ratio.py). Denominators come
+from `Counts`, which hold for the whole optimizer update, so a micro-batch's loss and metrics are shares that add up to
+the update's, however it was cut into micro-batches and over ranks. An empty population contributes 0.
 
 Rows are the response tokens of one micro-batch; all rows of a sequence are in it and stand together. Log-probs are
 natural logarithms under the policy at the sampling temperature. Nothing here waits for the device.
@@ -10,18 +11,18 @@ natural logarithms under the policy at the sampling temperature. Nothing here wa
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_srft.config import Denominator
+from megatron_srft.objectives.metrics import demonstration_metrics, rollout_metrics
+from megatron_srft.ops.clipped_ratio import clipped_ratio
+from megatron_srft.ops.token_losses import ROWS, Term, clamped_exp
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
 
 Population = Literal["rollouts", "demonstrations", "both"]
-
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-this before exp; a token beyond it has lost its gradient anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,40 +96,106 @@ def gather_inputs(batch: PackedBatch, stats: TokenStats) -> ObjectiveInputs:
     )
 
 
-# ---------------------------------------------------------------- per-token losses
+# ---------------------------------------------------------------- evaluation
 
 
-def log_ratio(inputs: ObjectiveInputs) -> Tensor:
-    """[rows] log of policy / policy before the step, clamped."""
-    return (inputs.logprobs - logprobs_before_step(inputs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+def evaluate(
+    inputs: ObjectiveInputs,
+    counts: Counts,
+    terms: dict[str, Term],
+    *,
+    of_rollouts: bool = True,
+    of_demonstrations: bool = True,
+    clips: bool = False,
+    weights: dict[str, str] | None = None,
+) -> ObjectiveOutput:
+    """This micro-batch's share of the sum of the terms, and the metrics.
 
-
-def engine_log_ratio(inputs: ObjectiveInputs) -> Tensor:
-    """[rows] log of policy before the step / rollout engine, clamped, without gradient; 0 on demonstrations."""
-    difference = logprobs_before_step(inputs) - inputs.rollout_logprobs
-    return torch.where(inputs.is_demonstration, 0, difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-
-
-def logprobs_before_step(inputs: ObjectiveInputs) -> Tensor:
-    return inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-
-
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
-) -> Tensor:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); for A < 0 also no more than dual_clip * |A|.
-
-    The gradient is -A grad r, and exactly 0 where the clip holds: r > 1 + clip_high with A >= 0, r < 1 - clip_low with
-    A < 0, r > dual_clip with A < 0.
+    Args:
+        terms: by the name under which its part of the loss is reported (when there are several).
+        of_rollouts, of_demonstrations: report figures of these tokens.
+        clips: report how many rollout tokens were clipped.
+        weights: report these weights; name of the metric -> name of the term.
     """
-    bounded = torch.where(advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low, max=dual_clip))
-    return -advantages * bounded
+    entropy_counts = any(term.loss == "entropy" and term.scale != 0 for term in terms.values())
+    loss, figures = clipped_ratio(
+        inputs.logprobs,
+        inputs.entropy if entropy_counts else inputs.entropy.detach(),  # its gradient is not for free
+        list(terms.values()),
+        is_demonstration=inputs.is_demonstration,
+        response_lengths=inputs.response_lengths,
+        engine_logprobs=inputs.rollout_logprobs,
+        old_logprobs=inputs.old_logprobs,
+        importance_weights=inputs.importance_weights,
+        tokens=(counts.rollout_tokens, counts.demonstration_tokens),
+    )
+    of_terms = dict(zip(terms, figures.terms, strict=True))
+    metrics = {"loss": loss.detach()}
+    if len(terms) > 1:
+        metrics |= {f"loss/{name}": of_term["loss"] for name, of_term in of_terms.items()}
+    for metric, name in (weights or {}).items():
+        if population_size(counts, terms[name].rows)[0]:
+            metrics |= {
+                f"weight/{metric}": of_terms[name]["weight"],
+                f"max/weight_{metric}": of_terms[name]["max_weight"],
+            }
+    if of_rollouts:
+        metrics |= rollout_metrics(figures, counts, clips=clips, corrected=inputs.importance_weights is not None)
+    if of_demonstrations:
+        metrics |= demonstration_metrics(figures, counts)
+    return ObjectiveOutput(loss=loss, metrics=metrics)
 
 
-def shaped_probability(logprobs: Tensor, shaping: Literal["none", "p_div_p_gamma"], gamma: float) -> Tensor:
-    """p, or p / (p + gamma), whose gradient gamma p / (p + gamma)^2 grad log p favours unlikely tokens (LUFFY)."""
-    probability = logprobs.exp()
-    return probability if shaping == "none" else probability / (probability + gamma)
+# ---------------------------------------------------------------- means
+
+
+class Mean(NamedTuple):
+    """How the losses of a population become a mean, as an objective's config says."""
+
+    denominator: Denominator
+    constant_length: int | None = None
+    """Tokens per sequence for the constant denominator."""
+
+
+def mean_over(population: Population, counts: Counts, mean: Mean, coefficient: float = 1.0) -> dict[str, Any]:
+    """The fields of a `Term` that make it `coefficient` times a mean over a population of the whole update.
+
+    Tokens of the population that the term does not select count as 0.
+    """
+    tokens, sequences = population_size(counts, population)
+    match mean.denominator:
+        case "tokens":
+            divisor = tokens
+        case "sequence_mean" | "sequence_sum":
+            divisor = sequences
+        case "constant":
+            assert mean.constant_length, "the constant denominator needs a length; use a resolved config"
+            divisor = sequences * mean.constant_length
+    return dict(scale=coefficient / max(divisor, 1), per_length=mean.denominator == "sequence_mean")
+
+
+def token_mean_over(population: Population, counts: Counts, coefficient: float = 1.0) -> dict[str, Any]:
+    return mean_over(population, counts, Mean("tokens"), coefficient)
+
+
+def population_size(counts: Counts, rows: str) -> tuple[int, int]:
+    """(tokens, sequences) in the whole update of the populations that a term's rows are from."""
+    rollouts, demonstrations = (
+        int(ROWS[rows] & ROWS[population] != 0) for population in ("rollouts", "demonstrations")
+    )
+    return (
+        rollouts * counts.rollout_tokens + demonstrations * counts.demonstration_tokens,
+        rollouts * counts.rollout_sequences + demonstrations * counts.demonstration_sequences,
+    )
+
+
+def entropy_bonus(population: Population, counts: Counts, coefficient: float) -> Term:
+    """-coefficient * mean token entropy."""
+    mean = token_mean_over(population, counts, coefficient)
+    return Term(loss="entropy", rows=population, corrected=False, **mean)
+
+
+# ---------------------------------------------------------------- weights
 
 
 def entropy_weight(entropy: Tensor, constant: float, sign: Literal[-1, 0, 1], exponent_limit: float) -> Tensor:
@@ -156,92 +223,16 @@ def sequence_sums(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
     return sums[inputs.sequence]
 
 
-# ---------------------------------------------------------------- averages
-
-
-def rows_of(inputs: ObjectiveInputs, population: Population) -> Tensor:
-    """[rows] bool; the rows that belong to a population."""
-    match population:
-        case "rollouts":
-            return ~inputs.is_demonstration
-        case "demonstrations":
-            return inputs.is_demonstration
-        case "both":
-            return torch.ones_like(inputs.is_demonstration)
-
-
-def population_size(counts: Counts, population: Population) -> tuple[int, int]:
-    """(tokens, sequences) of a population in the whole update."""
-    match population:
-        case "rollouts":
-            return counts.rollout_tokens, counts.rollout_sequences
-        case "demonstrations":
-            return counts.demonstration_tokens, counts.demonstration_sequences
-        case "both":
-            return (
-                counts.rollout_tokens + counts.demonstration_tokens,
-                counts.rollout_sequences + counts.demonstration_sequences,
-            )
-
-
-def average(
-    values: Tensor,
-    mask: Tensor,
-    inputs: ObjectiveInputs,
-    counts: Counts,
-    *,
-    population: Population,
-    denominator: Denominator,
-    constant_length: int | None = None,
-) -> Tensor:
-    """This micro-batch's share of the mean of `values` over a population.
-
-    Args:
-        values: [rows]; what stands outside `mask` is ignored.
-        mask: [rows] bool; the rows that are summed: the population, or a part of it (the rest then counts as 0).
-        population: whose global size divides the sum.
-        denominator: how; see `config.Denominator`.
-        constant_length: tokens per sequence for the constant denominator.
-    """
-    tokens, sequences = population_size(counts, population)
-    match denominator:
-        case "tokens":
-            divisor = tokens
-        case "sequence_mean":
-            values, divisor = values / inputs.response_lengths, sequences
-        case "sequence_sum":
-            divisor = sequences
-        case "constant":
-            assert constant_length, "the constant denominator needs a length; use a resolved config"
-            divisor = sequences * constant_length
-    return torch.where(mask, values, 0).sum() / max(divisor, 1)
-
-
-def token_mean(values: Tensor, inputs: ObjectiveInputs, counts: Counts, population: Population) -> Tensor:
-    """This micro-batch's share of the mean of `values` over all tokens of a population."""
-    tokens, _ = population_size(counts, population)
-    return torch.where(rows_of(inputs, population), values, 0).sum(dim=-1) / max(tokens, 1)
-
-
-def entropy_bonus(inputs: ObjectiveInputs, counts: Counts, population: Population, coefficient: float) -> Tensor:
-    """-coefficient * mean token entropy; without a gradient (and its cost) when the coefficient is 0."""
-    entropy = inputs.entropy if coefficient else inputs.entropy.detach()
-    return -coefficient * token_mean(entropy, inputs, counts, population)
-
-
-def correct_for_engine(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
-    """[rows] rollout losses times their importance weights, if there are any."""
-    return values if inputs.importance_weights is None else values * inputs.importance_weights
-
-
 def with_importance_weights(
     inputs: ObjectiveInputs, kind: Literal["truncate", "mask"], limit: float
 ) -> ObjectiveInputs:
     """Inputs whose rollout rows are weighted by w = policy before the step / engine, for an engine unlike the trainer.
 
-    truncate: min(w, limit). mask: w where 1/limit <= w <= limit, else 0.
+    truncate: min(w, limit). mask: w where 1/limit <= w <= limit, else 0. On demonstrations w = 1.
     """
-    weights = engine_log_ratio(inputs).exp()
+    before_step = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    difference = (before_step - inputs.rollout_logprobs).masked_fill(inputs.is_demonstration, 0)
+    _, weights, _ = clamped_exp(difference)
     if kind == "truncate":
         weights = weights.clamp(max=limit)
     else:

@@ -160,6 +160,9 @@ LOSSES: dict[str, Callable[[Tokens, Parameters], Loss]] = {
 }
 """Every per-token loss; its place in the table is the number by which kernels know it."""
 
+SHAPINGS = {"none": "probability", "p_div_p_gamma": "shaped"}
+"""Losses of a demonstration as an off-policy sample, by the names that configs have for them."""
+
 NUMBERS = {name: number for number, name in enumerate(LOSSES)}
 CLIPPED, ENTROPY = NUMBERS["clipped"], NUMBERS["entropy"]
 
