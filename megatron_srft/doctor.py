@@ -111,7 +111,9 @@ def devices() -> Iterator[Finding]:
 
 def ops() -> Iterator[Finding]:
     """Which implementations of the ops there are for each kind of device here, and which one `auto` takes."""
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    built = [device for device in implementations.DEVICES if implementations.reason_against("native", device) is None]
+    yield Finding("compiled kernels", f"for {' and '.join(built)}" if built else implementations.load_native())
+    for device in implementations.DEVICES if torch.cuda.is_available() else ("cpu",):
         for name in implementations.IMPLEMENTATIONS:
             yield Finding(f"{name} on {device}", implementations.reason_against(name, device) or "works")
         yield Finding(f"auto on {device}", f"takes {implementations.preferred(device)}")
