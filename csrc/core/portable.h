@@ -93,7 +93,8 @@ SRFT_HD void narrow(Float16, const Number& wide, Bits& result) {
   bits = bits & 0x7fffffffu;
   Number magnitude;
   std::memcpy(&magnitude, &bits, sizeof magnitude);
-  const Number shifted = magnitude + 0.5f;  // 0.5's last bit is worth half's smallest number: this rounds to those
+  const Number shifted =
+      magnitude + 0.5f;  // 0.5's last bit is worth half's smallest number: this rounds to those
   Bits subnormal;
   std::memcpy(&subnormal, &shifted, sizeof subnormal);
   const Bits normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -163,7 +164,8 @@ SRFT_HD void exponential_polynomial(const Number& x, Number& result) {
   const Number shifted = x * kLog2E + kShift;
   const Number n = shifted - kShift;
   const Number r = (x - n * kLn2High) - n * kLn2Low;
-  Number p = 0x1.10627ap-7f * r + 0x1.572a08p-5f;  // least largest error over the range, with 1 + r fixed: 1.05e-7
+  Number p =
+      0x1.10627ap-7f * r + 0x1.572a08p-5f;  // least largest error over the range, with 1 + r fixed: 1.05e-7
   p = p * r + 0x1.5557aep-3f;
   p = p * r + 0x1.fffdfcp-2f;
   p = p * r + 1.0f;

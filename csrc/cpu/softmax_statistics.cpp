@@ -21,7 +21,9 @@ struct RowStatistics {
   float maximum = -kInfinity;
   double sum = 0, weighted = 0;
 
-  SRFT_HD float reference() const { return maximum == -kInfinity ? 0.0f : maximum; }  // exp(-inf - -inf) must be 0
+  SRFT_HD float reference() const {
+    return maximum == -kInfinity ? 0.0f : maximum;
+  }  // exp(-inf - -inf) must be 0
 };
 
 SRFT_HD int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
@@ -159,8 +161,9 @@ SRFT_HD void gradient_rows(const GradientArguments& arguments, int64_t begin, in
     const T* const logits = static_cast<const T*>(arguments.logits) + n * arguments.row_stride;
     T* const gradient = static_cast<T*>(arguments.gradient) + n * arguments.gradient_stride;
     const float* const of_row = arguments.coefficients + n;
-    const RowGradient row{arguments.scale, of_row[0] == -kInfinity ? 0.0f : of_row[0], of_row[rows],
-                          of_row[2 * rows], hidden(kExponentLow), hidden(kExponentHigh)};
+    const RowGradient row{arguments.scale,      of_row[0] == -kInfinity ? 0.0f : of_row[0],
+                          of_row[rows],         of_row[2 * rows],
+                          hidden(kExponentLow), hidden(kExponentHigh)};
     const int64_t label = arguments.labels[n] - arguments.vocab_start;
     const bool found = label >= 0 && label < columns;
     const float label_logit = found ? to_float(logits[label]) : 0.0f;  // read before it may be overwritten
@@ -198,17 +201,23 @@ SRFT_CLONES void gradient_float16(const GradientArguments& arguments, int64_t be
 
 void softmax_statistics(const StatisticsArguments& arguments, int64_t begin, int64_t end) {
   switch (arguments.type) {
-    case ElementType::kFloat32: return statistics_float32(arguments, begin, end);
-    case ElementType::kBFloat16: return statistics_bfloat16(arguments, begin, end);
-    case ElementType::kFloat16: return statistics_float16(arguments, begin, end);
+    case ElementType::kFloat32:
+      return statistics_float32(arguments, begin, end);
+    case ElementType::kBFloat16:
+      return statistics_bfloat16(arguments, begin, end);
+    case ElementType::kFloat16:
+      return statistics_float16(arguments, begin, end);
   }
 }
 
 void softmax_gradient(const GradientArguments& arguments, int64_t begin, int64_t end) {
   switch (arguments.type) {
-    case ElementType::kFloat32: return gradient_float32(arguments, begin, end);
-    case ElementType::kBFloat16: return gradient_bfloat16(arguments, begin, end);
-    case ElementType::kFloat16: return gradient_float16(arguments, begin, end);
+    case ElementType::kFloat32:
+      return gradient_float32(arguments, begin, end);
+    case ElementType::kBFloat16:
+      return gradient_bfloat16(arguments, begin, end);
+    case ElementType::kFloat16:
+      return gradient_float16(arguments, begin, end);
   }
 }
 

@@ -23,9 +23,13 @@ SRFT_HD Floats hidden(float value) {
   return all(value);
 }
 
-SRFT_HD Floats larger(const Floats& left, const Floats& right) { return right < left ? left : right; }  // right, if one is NaN
+SRFT_HD Floats larger(const Floats& left, const Floats& right) {
+  return right < left ? left : right;
+}  // right, if one is NaN
 
-SRFT_HD Floats smaller(const Floats& left, const Floats& right) { return left < right ? left : right; }  // right, if one is NaN
+SRFT_HD Floats smaller(const Floats& left, const Floats& right) {
+  return left < right ? left : right;
+}  // right, if one is NaN
 
 // See exponential_in_range of portable.h.
 SRFT_HD Floats exponential_in_range(const Floats& x) {
@@ -34,7 +38,9 @@ SRFT_HD Floats exponential_in_range(const Floats& x) {
   return result;
 }
 
-SRFT_HD float total(const Floats& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+SRFT_HD float total(const Floats& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
 
 // Two vectors' worth of numbers: floats in their order; of 16-bit types those at even and those at odd
 // places, which takes no shuffling as they are the low and high halves of words. store_pair of such a type

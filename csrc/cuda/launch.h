@@ -10,10 +10,10 @@
 #include <cuda_runtime.h>
 
 // SRFT_LAUNCH((kernel<A, B>), blocks, threads, stream, arguments...): the kernel's name in parentheses.
-#define SRFT_LAUNCH(kernel, blocks, threads, stream, ...)                                                    \
-  do {                                                                                                       \
-    auto* const launched = kernel;                                                                           \
-    launched<<<(blocks), (threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                    \
+#define SRFT_LAUNCH(kernel, blocks, threads, stream, ...)                                 \
+  do {                                                                                    \
+    auto* const launched = kernel;                                                        \
+    launched<<<(blocks), (threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
   } while (false)
 
 // An array in the block's shared memory; its content is undefined until written.
@@ -25,6 +25,8 @@ namespace srft::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid, in x
+constexpr int kInFlight = 4;                 // loads per thread before the first result is needed
+constexpr float kInfinity = INFINITY;
 
 // 16 bytes of elements, moved by one instruction. The address must be a multiple of 16.
 template <typename T>
@@ -59,36 +61,36 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
   *reinterpret_cast<uint4*>(address) = words;
 }
 
-// kCount elements as floats: one if kCount is 1, else whole vectors, whose addresses must be multiples of 16.
-template <int kCount, typename T>
+// kCount elements as floats, by vectors if kAligned (the address is a multiple of 16), else one by one.
+template <bool kAligned, int kCount, typename T>
 __device__ __forceinline__ void load_floats(const T* from, float* values) {
-  constexpr int kSize = kCount == 1 ? 1 : Vector<T>::kSize;
+  constexpr int kSize = kAligned ? Vector<T>::kSize : 1;
   static_assert(kCount % kSize == 0, "whole vectors");
-  if constexpr (kCount == 1) {
-    values[0] = to_float(from[0]);
-  } else {
 #pragma unroll
-    for (int start = 0; start < kCount; start += kSize) {
+  for (int start = 0; start < kCount; start += kSize) {
+    if constexpr (kAligned) {
       const Vector<T> vector = load_vector(from + start);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) values[start + k] = to_float(vector.elements[k]);
+    } else {
+      values[start] = to_float(from[start]);
     }
   }
 }
 
-template <int kCount, typename T>
+template <bool kAligned, int kCount, typename T>
 __device__ __forceinline__ void store_floats(T* to, const float* values) {
-  constexpr int kSize = kCount == 1 ? 1 : Vector<T>::kSize;
+  constexpr int kSize = kAligned ? Vector<T>::kSize : 1;
   static_assert(kCount % kSize == 0, "whole vectors");
-  if constexpr (kCount == 1) {
-    to[0] = from_float<T>(values[0]);
-  } else {
 #pragma unroll
-    for (int start = 0; start < kCount; start += kSize) {
+  for (int start = 0; start < kCount; start += kSize) {
+    if constexpr (kAligned) {
       Vector<T> vector;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) vector.elements[k] = from_float<T>(values[start + k]);
       store_vector(to + start, vector);
+    } else {
+      to[start] = from_float<T>(values[start]);
     }
   }
 }

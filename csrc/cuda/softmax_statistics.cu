@@ -1,19 +1,15 @@
-// Softmax statistics and their gradient in CUDA C++: memory is read once (twice to keep the shifted logits),
+// Softmax statistics in CUDA C++: memory is read once (twice to keep the shifted logits),
 // 16 bytes a load where the row's start allows it, several loads in flight per thread. Reductions have a
 // fixed order.
-#include "cuda/softmax_statistics.h"
-
 #include "cuda/launch.h"
+#include "cuda/softmax_statistics.h"
 
 namespace srft::cuda {
 namespace {
 
-constexpr int kInFlight = 4;       // loads per thread before the first result is needed
 constexpr int kRowsPerBlock = 4;   // of the kernel with a warp per row
 constexpr int kMostThreads = 512;  // per row of the kernel with a block per row
 constexpr int kMostWarps = kMostThreads / kWarp;
-constexpr int kGradientThreads = 256;
-constexpr float kInfinity = INFINITY;
 
 // Statistics of some columns: m, s, u of core/softmax_statistics.h.
 struct Partial {
@@ -36,7 +32,8 @@ __device__ __forceinline__ Partial merged(const Partial& left, const Partial& ri
 }
 
 template <int kCount>
-__device__ __forceinline__ void fold(Partial& partial, const float (&logits)[kCount], float inverse_temperature) {
+__device__ __forceinline__ void fold(Partial& partial, const float (&logits)[kCount],
+                                     float inverse_temperature) {
   float maximum = logits[0];
 #pragma unroll
   for (int k = 1; k < kCount; ++k) maximum = fmaxf(maximum, logits[k]);
@@ -54,35 +51,39 @@ __device__ __forceinline__ void fold(Partial& partial, const float (&logits)[kCo
   partial.weighted += weighted;
 }
 
-// This thread's share of a row: groups of kSize elements, kLoads of them at a time.
-template <int kSize, int kLoads, typename T>
-__device__ __forceinline__ void fold_groups(Partial& partial, const T* logits, int64_t groups, float inverse_temperature,
-                                            int thread, int threads) {
+// This thread's share of a row: groups of kSize elements, kInFlight of them at a time.
+template <bool kAligned, int kSize, typename T>
+__device__ __forceinline__ void fold_groups(Partial& partial, const T* logits, int64_t groups,
+                                            float inverse_temperature, int thread, int threads) {
   int64_t i = thread;
-  for (; i + (kLoads - 1) * threads < groups; i += kLoads * threads) {
-    float values[kLoads * kSize];
+  for (; i + (kInFlight - 1) * threads < groups; i += kInFlight * threads) {
+    float values[kInFlight * kSize];
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) load_floats<kSize>(logits + (i + k * threads) * kSize, values + k * kSize);
+    for (int k = 0; k < kInFlight; ++k) {
+      load_floats<kAligned, kSize>(logits + (i + k * threads) * kSize, values + k * kSize);
+    }
     fold(partial, values, inverse_temperature);
   }
   for (; i < groups; i += threads) {
     float values[kSize];
-    load_floats<kSize>(logits + i * kSize, values);
+    load_floats<kAligned, kSize>(logits + i * kSize, values);
     fold(partial, values, inverse_temperature);
   }
 }
 
+// An unaligned row is shared and added up in the same order, lest its sums depend on where it lies.
 template <typename T>
-__device__ __forceinline__ Partial fold_row(const T* logits, int64_t columns, float inverse_temperature, int thread,
-                                            int threads) {
+__device__ __forceinline__ Partial fold_row(const T* logits, int64_t columns, float inverse_temperature,
+                                            int thread, int threads) {
   constexpr int kSize = Vector<T>::kSize;
+  const int64_t groups = columns / kSize, done = groups * kSize;
   Partial partial = {-kInfinity, 0.0f, 0.0f};
-  int64_t done = 0;
   if (is_aligned(logits)) {
-    done = columns / kSize * kSize;
-    fold_groups<kSize, kInFlight>(partial, logits, columns / kSize, inverse_temperature, thread, threads);
+    fold_groups<true, kSize>(partial, logits, groups, inverse_temperature, thread, threads);
+  } else {
+    fold_groups<false, kSize>(partial, logits, groups, inverse_temperature, thread, threads);
   }
-  fold_groups<1, kInFlight>(partial, logits + done, columns - done, inverse_temperature, thread, threads);
+  fold_groups<false, 1>(partial, logits + done, columns - done, inverse_temperature, thread, threads);
   return partial;
 }
 
@@ -98,7 +99,8 @@ __device__ __forceinline__ Partial merged_over_warp(Partial partial) {
 }
 
 template <typename T>
-__device__ __forceinline__ float label_logit(const StatisticsArguments& arguments, const T* logits, int64_t n) {
+__device__ __forceinline__ float label_logit(const StatisticsArguments& arguments, const T* logits,
+                                             int64_t n) {
   const int64_t label = arguments.labels[n] - arguments.vocab_start;
   if (label < 0 || label >= arguments.columns) return 0.0f;
   return to_float(logits[label]) * arguments.inverse_temperature;
@@ -116,14 +118,16 @@ __device__ __forceinline__ void write_statistics(const StatisticsArguments& argu
 
 // Writes x/T - m of groups of kSize elements, each read and written by the same thread, as both may be one
 // memory.
-template <int kSize, int kLoads, typename T, typename Kept>
-__device__ __forceinline__ void keep_groups(const T* logits, Kept* kept, int64_t groups, float inverse_temperature,
-                                            float reference, int thread, int threads) {
+template <bool kAligned, int kSize, int kLoads, typename T, typename Kept>
+__device__ __forceinline__ void keep_groups(const T* logits, Kept* kept, int64_t groups,
+                                            float inverse_temperature, float reference, int thread,
+                                            int threads) {
   for (int64_t i = thread; i < groups; i += kLoads * threads) {
     float values[kLoads][kSize];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      if (i + k * threads < groups) load_floats<kSize>(logits + (i + k * threads) * kSize, values[k]);
+      if (i + k * threads < groups)
+        load_floats<kAligned, kSize>(logits + (i + k * threads) * kSize, values[k]);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
@@ -132,43 +136,48 @@ __device__ __forceinline__ void keep_groups(const T* logits, Kept* kept, int64_t
       for (int e = 0; e < kSize; ++e) {
         values[k][e] = larger(kSmallest, values[k][e] * inverse_temperature - reference);
       }
-      store_floats<kSize>(kept + (i + k * threads) * kSize, values[k]);
+      store_floats<kAligned, kSize>(kept + (i + k * threads) * kSize, values[k]);
     }
   }
 }
 
 template <typename T, typename Kept>
-__device__ __forceinline__ void keep_row(const T* logits, Kept* kept, int64_t columns, float inverse_temperature,
-                                         float reference, int thread, int threads) {
+__device__ __forceinline__ void keep_row(const T* logits, Kept* kept, int64_t columns,
+                                         float inverse_temperature, float reference, int thread,
+                                         int threads) {
   constexpr int kSize = Vector<T>::kSize > Vector<Kept>::kSize ? Vector<T>::kSize : Vector<Kept>::kSize;
   int64_t done = 0;
   if (is_aligned(logits) && is_aligned(kept)) {
     done = columns / kSize * kSize;
-    keep_groups<kSize, 2>(logits, kept, columns / kSize, inverse_temperature, reference, thread, threads);
+    keep_groups<true, kSize, 2>(logits, kept, columns / kSize, inverse_temperature, reference, thread,
+                                threads);
   }
-  keep_groups<1, kInFlight>(logits + done, kept + done, columns - done, inverse_temperature, reference, thread, threads);
+  keep_groups<false, 1, kInFlight>(logits + done, kept + done, columns - done, inverse_temperature, reference,
+                                   thread, threads);
 }
 
 template <typename T>
-__device__ __forceinline__ void keep(const StatisticsArguments& arguments, const T* logits, int64_t n, float maximum,
-                                     int thread, int threads) {
+__device__ __forceinline__ void keep(const StatisticsArguments& arguments, const T* logits, int64_t n,
+                                     float maximum, int thread, int threads) {
   const float reference = reference_of(maximum), factor = arguments.inverse_temperature;
   const int64_t start = n * arguments.kept_stride, columns = arguments.columns;
   switch (arguments.kept_type) {
     case ElementType::kFloat32:
-      return keep_row(logits, static_cast<float*>(arguments.kept) + start, columns, factor, reference, thread, threads);
+      return keep_row(logits, static_cast<float*>(arguments.kept) + start, columns, factor, reference, thread,
+                      threads);
     case ElementType::kBFloat16:
-      return keep_row(logits, static_cast<BFloat16*>(arguments.kept) + start, columns, factor, reference, thread,
-                      threads);
+      return keep_row(logits, static_cast<BFloat16*>(arguments.kept) + start, columns, factor, reference,
+                      thread, threads);
     case ElementType::kFloat16:
-      return keep_row(logits, static_cast<Float16*>(arguments.kept) + start, columns, factor, reference, thread,
-                      threads);
+      return keep_row(logits, static_cast<Float16*>(arguments.kept) + start, columns, factor, reference,
+                      thread, threads);
   }
 }
 
 // A warp per row, for rows that would leave a block's threads little to do.
 template <typename T>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock) statistics_by_warp(const StatisticsArguments arguments) {
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+    statistics_by_warp(const StatisticsArguments arguments) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (n >= arguments.rows) return;
@@ -207,74 +216,6 @@ __global__ void __launch_bounds__(kMostThreads) statistics_by_block(const Statis
   if (arguments.kept != nullptr) keep(arguments, logits, n, partial.maximum, thread, threads);
 }
 
-struct RowGradient {
-  float scale, r, a, b, c;
-  int64_t label, columns;
-
-  // In place, for neighbouring columns.
-  template <int kSize>
-  __device__ __forceinline__ void apply(float (&values)[kSize], int64_t first) const {
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      const float t = larger(kExponentLow, values[e] * scale - r);
-      values[e] = exponential(t) * (a + b * t);
-    }
-    if (label >= first && label < first + kSize) {
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) values[e] += first + e == label ? c : 0.0f;
-    }
-    if (first + kSize > columns) {
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) values[e] = first + e < columns ? values[e] : 0.0f;
-    }
-  }
-};
-
-template <int kSize, int kLoads, typename T>
-__device__ __forceinline__ void write_gradient(const RowGradient& row, const T* logits, T* gradient, int64_t begin,
-                                               int64_t end) {
-  const int64_t step = blockDim.x * kSize;
-  for (int64_t first = begin + threadIdx.x * kSize; first < end; first += kLoads * step) {
-    float values[kLoads][kSize];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      if (first + k * step < end) load_floats<kSize>(logits + first + k * step, values[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      if (first + k * step >= end) break;
-      row.apply(values[k], first + k * step);
-      store_floats<kSize>(gradient + first + k * step, values[k]);
-    }
-  }
-}
-
-// Each block writes `tile` columns (a multiple of a vector) of one row.
-template <typename T>
-__global__ void __launch_bounds__(kGradientThreads)
-    gradient_tiles(const GradientArguments arguments, int64_t tiles_per_row, int64_t tile) {
-  constexpr int kSize = Vector<T>::kSize;
-  const int64_t rows = arguments.rows, n = blockIdx.x / tiles_per_row;
-  const float r = arguments.coefficients[n];
-  const RowGradient row = {arguments.scale,
-                           r == -kInfinity ? 0.0f : r,
-                           arguments.coefficients[rows + n],
-                           arguments.coefficients[2 * rows + n],
-                           arguments.coefficients[3 * rows + n],
-                           arguments.labels[n] - arguments.vocab_start,
-                           arguments.columns};
-  const T* const logits = static_cast<const T*>(arguments.logits) + n * arguments.row_stride;
-  T* const gradient = static_cast<T*>(arguments.gradient) + n * arguments.gradient_stride;
-  const int64_t begin = (blockIdx.x - n * tiles_per_row) * tile;
-  const int64_t end = begin + tile < arguments.width ? begin + tile : arguments.width;
-  int64_t done = begin;
-  if (is_aligned(logits) && is_aligned(gradient)) {
-    done = end / kSize * kSize;
-    write_gradient<kSize, kInFlight>(row, logits, gradient, begin, done);
-  }
-  write_gradient<1, kInFlight>(row, logits, gradient, done, end);
-}
-
 template <typename T>
 int launch_statistics(const StatisticsArguments& arguments, void* stream) {
   const int64_t vectors = divide_up(arguments.columns, Vector<T>::kSize);
@@ -289,37 +230,18 @@ int launch_statistics(const StatisticsArguments& arguments, void* stream) {
   return cudaGetLastError();
 }
 
-template <typename T>
-int launch_gradient(const GradientArguments& arguments, void* stream) {
-  const int64_t per_thread = kInFlight * Vector<T>::kSize;
-  const int64_t warps = divide_up(arguments.width, per_thread * kWarp);
-  const int64_t threads = warps * kWarp < kGradientThreads ? warps * kWarp : kGradientThreads;
-  const int64_t tiles_per_row = divide_up(arguments.width, per_thread * threads);
-  if (arguments.rows > kMostBlocks / tiles_per_row) return cudaErrorInvalidConfiguration;
-  SRFT_LAUNCH((gradient_tiles<T>), arguments.rows * tiles_per_row, threads, stream, arguments, tiles_per_row,
-              per_thread * threads);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 int softmax_statistics(const StatisticsArguments& arguments, void* stream) {
   if (arguments.rows == 0) return cudaSuccess;
   if (arguments.rows > kMostBlocks) return cudaErrorInvalidConfiguration;
   switch (arguments.type) {
-    case ElementType::kFloat32: return launch_statistics<float>(arguments, stream);
-    case ElementType::kBFloat16: return launch_statistics<BFloat16>(arguments, stream);
-    case ElementType::kFloat16: return launch_statistics<Float16>(arguments, stream);
-  }
-  return cudaErrorInvalidConfiguration;
-}
-
-int softmax_gradient(const GradientArguments& arguments, void* stream) {
-  if (arguments.rows == 0 || arguments.width == 0) return cudaSuccess;
-  switch (arguments.type) {
-    case ElementType::kFloat32: return launch_gradient<float>(arguments, stream);
-    case ElementType::kBFloat16: return launch_gradient<BFloat16>(arguments, stream);
-    case ElementType::kFloat16: return launch_gradient<Float16>(arguments, stream);
+    case ElementType::kFloat32:
+      return launch_statistics<float>(arguments, stream);
+    case ElementType::kBFloat16:
+      return launch_statistics<BFloat16>(arguments, stream);
+    case ElementType::kFloat16:
+      return launch_statistics<Float16>(arguments, stream);
   }
   return cudaErrorInvalidConfiguration;
 }

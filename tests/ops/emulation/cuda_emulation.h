@@ -23,7 +23,8 @@
 #define blockDim (emulation::block_size)
 #define gridDim (emulation::grid_size)
 #define SRFT_SHARED(type, name, size) static emulation::Shared<type, size> name
-#define SRFT_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(blocks, threads, kernel, __VA_ARGS__)
+#define SRFT_LAUNCH(kernel, blocks, threads, stream, ...) \
+  emulation::launch(blocks, threads, kernel, __VA_ARGS__)
 #define SRFT_EXPORT extern "C" __attribute__((visibility("default"), used)) inline
 
 struct alignas(16) uint4 {
@@ -80,8 +81,9 @@ void launch(dim3 blocks, dim3 block, void (*kernel)(Parameters...), Arguments...
   const uint64_t total = uint64_t{blocks.x} * blocks.y * blocks.z;
   for (uint64_t step = 0; step < total && failure[0] == '\0'; ++step) {
     const uint64_t index = reversed ? total - 1 - step : step;
-    block_index = dim3(static_cast<unsigned>(index % blocks.x), static_cast<unsigned>(index / blocks.x % blocks.y),
-                       static_cast<unsigned>(index / blocks.x / blocks.y));
+    block_index =
+        dim3(static_cast<unsigned>(index % blocks.x), static_cast<unsigned>(index / blocks.x % blocks.y),
+             static_cast<unsigned>(index / blocks.x / blocks.y));
     run_block();
   }
   if (failure[0] != '\0') last_error = cudaErrorLaunchFailure;

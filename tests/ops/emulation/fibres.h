@@ -49,7 +49,7 @@ struct SharedArray {
 };
 
 inline Thread* current = nullptr;
-inline std::vector<Thread> threads;  // of the block that runs
+inline std::vector<Thread> threads;             // of the block that runs
 inline std::vector<SharedArray> shared_arrays;  // those of all kernels that have run
 inline std::function<void()> kernel_call;
 inline dim3 block_index, block_size, grid_size;
@@ -208,7 +208,8 @@ inline void run_block() {
     }
   } while (failure[0] == '\0' && (release_warps() || release_block()));
   for (const Thread& thread : threads) {
-    if (thread.state != State::kDone) record("divergent barrier: thread %u waits for ever", thread.thread_index.x);
+    if (thread.state != State::kDone)
+      record("divergent barrier: thread %u waits for ever", thread.thread_index.x);
   }
 }
 

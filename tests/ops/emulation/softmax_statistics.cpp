@@ -1,5 +1,7 @@
 // The kernels of the softmax statistics, C++ and (emulated) CUDA, as C functions.
 #include "cpu/softmax_statistics.cpp"
+
+#include "cuda/softmax_gradient.cu"
 #include "cuda/softmax_statistics.cu"
 
 SRFT_EXPORT int cuda_statistics(const srft::StatisticsArguments* arguments) {
