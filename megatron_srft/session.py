@@ -260,6 +260,7 @@ class Session:
             stage=self.stage.name,
             stage_step=self.stage_step,
             policy_version=self.trainer.policy_version,
+            skipped_in_a_row=self.trainer.skipped_in_a_row,
         )
         if self.saved_step == self.step:
             return
@@ -316,6 +317,7 @@ class Session:
     def _restore(self, path: Path, progress: Progress) -> None:
         checkpoint.load(path, self.trainer.models, self.trainer.optimizer, self.groups)
         self.trainer.policy_version = progress.policy_version
+        self.trainer.skipped_in_a_row = progress.skipped_in_a_row
         if is_main():
             log.warning("resumed from %s", path)
 

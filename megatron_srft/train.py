@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="key.path=value, applied over the file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def body() -> int:
         run_training(configuration.load(options.config, options.overrides))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_model
 
-from megatron_srft import cli
+from megatron_srft import cli, train
+from megatron_srft.config import ConfigError
 
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")
 
@@ -53,6 +54,11 @@ def test_help_takes_less_than_a_second():
     assert (
         time.monotonic() - start < 5
     )  # 0.1 s on an idle machine; torch alone would take longer than this on a busy one
+
+
+def test_the_command_for_torchrun_takes_options_between_overrides(folder):
+    with pytest.raises(ConfigError, match="steps must not be negative"):
+        train.main([str(folder / "config.yaml"), "seed=1", "--debug", "steps=-1"])
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))

@@ -9,6 +9,7 @@ from tiny_models import make_model
 
 from megatron_srft import config as configuration
 from megatron_srft.config import ConfigError
+from megatron_srft.guards import RunStopped
 from megatron_srft.metrics import read_metrics
 from megatron_srft.rollout import dump, dump_path, load_dump
 from megatron_srft.train import run_training
@@ -109,6 +110,14 @@ def test_a_mistake_in_a_later_stage_is_told_before_the_first_is_trained(tmp_path
     with pytest.raises(ValueError, match="absent.jsonl: no such file"):
         run_training(config)
     assert not (config.folder / "metrics.jsonl").exists()
+
+
+def test_updates_skipped_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_srft.trainer.trainer.clip_and_step", lambda *unused: (False, 1.0))
+    config = configuration.load(write_inputs(tmp_path, steps=2, accounting={"max_skipped_updates": 2}))
+    run_training(config)
+    with pytest.raises(RunStopped, match="3 updates in a row"):
+        run_training(replace(config, steps=3))
 
 
 def test_a_run_does_not_go_on_with_another_model(tmp_path):
