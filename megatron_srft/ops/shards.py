@@ -53,10 +53,13 @@ def check_matrix(name: str, matrix: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, rows: int, like: Tensor, vocab_size: int) -> None:
+    """Whether there is a token of the vocabulary for each row."""
     if labels.dtype != torch.int64 or labels.shape != (rows,):
         raise ValueError(
             f"labels must be int64 of shape ({rows},), one per row, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    if not labels.is_contiguous():
+        raise ValueError(f"labels must lie side by side, got strides {labels.stride()}; call contiguous()")
     if labels.device != like.device:
         raise ValueError(f"labels must be on the device of the rows, {like.device}, got {labels.device}")
     if labels.is_cuda or labels.numel() == 0 or torch.compiler.is_compiling():

@@ -271,6 +271,7 @@ def test_compiles_into_one_graph(implementation):
         (dict(labels=torch.zeros(3)), "labels must be int64"),
         (dict(labels=torch.zeros(4, dtype=torch.int64)), r"shape \(3,\)"),
         (dict(labels=torch.zeros(3, dtype=torch.int64, device="meta")), "device"),
+        (dict(labels=torch.zeros(6, dtype=torch.int64)[::2]), "labels must lie side by side"),
         (dict(labels=torch.tensor([0, -1, 2])), r"\[0, 8\)"),
         (dict(labels=torch.tensor([0, 8, 2])), r"\[0, 8\)"),
         (dict(vocab_size=9), r"make up the vocabulary of 9.*\[0, 8\)"),
