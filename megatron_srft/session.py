@@ -1,7 +1,6 @@
 """One run: its parts, and the stages of the loop as methods, in the order in which `train.train` calls them."""
 
 import logging
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_srft.data import (
 )
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
 from megatron_srft.evaluate import evaluate, load_held_out
-from megatron_srft.guards import RunStopped, find_problem
+from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.presence import claim_folder
 from megatron_srft.rewards import Scorer
@@ -83,7 +82,7 @@ class Session:
         self.accounting: dict[str, float] = {}
         self.sink = self._open_sink(config)
         self.timer = Timer()
-        self.signalled = False
+        self.stop = StopRequest()
 
     # ------------------------------------------------------------ the loop's stages
 
@@ -201,8 +200,8 @@ class Session:
             self._export(f"step-{self.step:06d}")
 
     def interrupted(self) -> bool:
-        """Whether any rank was asked to stop (SIGTERM, SIGUSR1); if so the state is saved first."""
-        flag = torch.tensor([int(self.signalled)], device=parallel.device())
+        """Whether any rank was asked to stop (SIGTERM, SIGUSR1, Ctrl-C); if so the state is saved first."""
+        flag = torch.tensor([int(self.stop.asked)], device=parallel.device())
         if not all_reduce(flag, self.groups.world, "max").item():
             return False
         self._save()
@@ -336,15 +335,11 @@ class Session:
         )
 
     def __enter__(self) -> "Session":
-        self.handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.stop.__enter__()
         return self
 
-    def _signal(self, number: int, frame: object) -> None:
-        self.signalled = True
-
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.stop.__exit__(*exception)
         self.scorer.close()
         self.sink.close()
         if is_main():

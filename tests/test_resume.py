@@ -116,7 +116,7 @@ def test_killed_at_random_moments_until_it_is_done(srft):
     srft.assert_as_uninterrupted("random")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run(srft, number):
     name = number.name
     stopped = srft.run(name, "checkpoint.every=0", event=("os.rename", "rollouts/step-000001.jsonl.zst", number))
