@@ -61,16 +61,17 @@ def sanitizer_runtime() -> Path | None:
 def run_sanitized(test_file: str, selection: str) -> subprocess.CompletedProcess[str]:
     """Run the tests of a file that `selection` (pytest's -k) names with kernels under Address- and UBSanitizer.
 
-    That file must not import torch: it is slow to load under the sanitizer.
+    That file must neither import torch, which does not load under the sanitizer, nor need fixtures of a conftest.py.
     """
-    options = "detect_leaks=0:detect_stack_use_after_return=0"
     environment = os.environ | {
         "LD_PRELOAD": str(sanitizer_runtime()),
-        "ASAN_OPTIONS": options,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         SANITIZED_PROCESS: "1",
         "PYTHONMALLOC": "malloc",  # so that the sanitizer sees every array's end
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", selection, test_file]
+    # -s: pytest would otherwise keep the sanitizer's report when it ends the process. conftest.py imports torch.
+    options = ["-p", "no:cacheprovider", "--noconftest", "-q", "-s", "-k", selection]
+    command = [sys.executable, "-m", "pytest", *options, test_file]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
