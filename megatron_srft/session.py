@@ -68,9 +68,10 @@ class Session:
         self.vocab_size = read_architecture(hf_config).vocab_size
         for later in self.stages[self.stage.number + 1 :]:  # its mistakes too are told before anything is trained
             self._read_data(later.config)
+            if later.config.rewards != self.config.rewards:
+                _tested_scorer(later.config).close()
         self._load_data()
-        self.scorer = Scorer(self.config.rewards)
-        self.scorer.self_test()
+        self.scorer = _tested_scorer(self.config)
         self.trainer = Trainer(self.config, groups)
         if found:
             self._restore(*found)
@@ -97,8 +98,7 @@ class Session:
             self._load_data()
             if self.config.rewards != before.rewards:
                 self.scorer.close()
-                self.scorer = Scorer(self.config.rewards)
-                self.scorer.self_test()
+                self.scorer = _tested_scorer(self.config)
             self.trainer.begin_stage(self.config, self.config.steps)
             if self.config.rollout != before.rollout:
                 self.engine, self.synced_version = None, None  # two engines at a time could be too many
@@ -178,7 +178,7 @@ class Session:
         return {**metrics, "count/tokens": sum(len(s.token_ids) for s in sequences)}
 
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
-        """Log the step, guard its figures, and evaluate, save and export where that is due."""
+        """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
         metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
@@ -191,9 +191,9 @@ class Session:
             if every and self.stage.samples_rollouts and self.step % every == 0:
                 dump(groups, self.folder / "rollouts" / f"step-{self.step:06d}.jsonl.zst")
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
-        self._guard(metrics)
         if _due(self.step, self.config.evaluation.every) and self.step < self.total_steps:
             self._evaluate()
+        self._guard(metrics)
         if _due(self.step, self.config.checkpoint.every) and self.step < self.total_steps:
             self._save()
         if _due(self.step, self.config.checkpoint.export_every) and self.step < self.total_steps:
@@ -344,6 +344,12 @@ class Session:
         self.sink.close()
         if is_main():
             self.lock.close()
+
+
+def _tested_scorer(config: RunConfig) -> Scorer:
+    scorer = Scorer(config.rewards)
+    scorer.self_test()
+    return scorer
 
 
 def _due(step: int, every: int) -> bool:

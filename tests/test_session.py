@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
-from runs import write_inputs
+from runs import saved, write_inputs
 from tiny_models import make_model
 
 from megatron_srft import config as configuration
 from megatron_srft.config import ConfigError
 from megatron_srft.guards import RunStopped
 from megatron_srft.metrics import read_metrics
+from megatron_srft.rewards.workers import VerifierError
 from megatron_srft.rollout import dump, dump_path, load_dump
 from megatron_srft.train import run_training
 
@@ -118,6 +119,27 @@ def test_updates_skipped_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatc
     run_training(config)
     with pytest.raises(RunStopped, match="3 updates in a row"):
         run_training(replace(config, steps=3))
+
+
+def test_a_broken_verifier_of_a_later_stage_is_told_before_the_first_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the verifier's own process
+    later = {"name": "later", "steps": 1, "rewards": [{"kind": "math"}]}
+    config = configuration.load(write_inputs(tmp_path, stages=[{"name": "first", "steps": 1}, later]))
+    with pytest.raises(VerifierError, match="no antlr here"):
+        run_training(config)
+    assert not (config.folder / "metrics.jsonl").exists()
+
+
+def test_a_run_stopped_by_a_guard_has_made_the_evaluation_that_was_due(tmp_path):
+    write_problems(tmp_path / "easy.jsonl", 2)
+    evaluation = {"files": [str(tmp_path / "easy.jsonl")], "every": 1}
+    path = write_inputs(tmp_path, steps=2, evaluation=evaluation, accounting={"max_truncated_share": 0.0})
+    config = configuration.load(path)
+    with pytest.raises(RunStopped, match="max_truncated_share"):
+        run_training(config)
+    assert saved(config.folder) == ["step-000001"]
+    assert [line["step"] for line in read_metrics(config.folder) if "eval/easy/greedy" in line] == [0, 1]
 
 
 def test_a_run_does_not_go_on_with_another_model(tmp_path):
