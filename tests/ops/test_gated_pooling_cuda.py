@@ -23,6 +23,7 @@ SHAPES = {  # rows, width, elements between rows beyond the width, elements befo
     "odd start": (4, 64, 0, 1),
     "odd width": (4, 515, 5, 0),
     "several tiles": (34, 1064, 0, 0),
+    "one step of a warp": (3, 256, 0, 0),
     "qwen": (3, 896, 0, 0),
     "wide": (2, 3584, 0, 0),
     "many rows": (2500, 8, 0, 0),
