@@ -1,4 +1,4 @@
-"""Core attention of the local layer spec: causal softmax attention of packed sequences through torch's SDPA.
+"""Core attention of the local layer spec: rotary positions and causal attention of packed sequences by torch's SDPA.
 
 Sequences lie end to end in one row of tokens and never see each other. They are cut out into a few batches of similar
 length, padded on the right, and each batch goes through one SDPA call. A causal pass needs no mask for right padding:
@@ -41,6 +41,9 @@ class PackedParams(PackedSeqParams):
 
     segments: Segments | None = None
 
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What `rotate` takes; the model sets it once for all its layers, which turn queries and keys themselves."""
+
 
 def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
     """Describe packed sequences to the model; made once per micro-batch, for all layers.
@@ -48,8 +51,7 @@ def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
     Args:
         cu_seqlens: [sequences + 1] int32, from 0 to the number of tokens, padding included as a sequence.
         thd: for TransformerEngine's layers. Otherwise the format is called 'sbhd': megatron's attention layer then
-            takes the tokens as one plain row and applies the rotary angles that the model hands it token by token,
-            instead of walking through the sequences in Python in every layer.
+            takes the tokens as one plain row, and leaves the rotary positions to PackedAttention.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     return PackedParams(
@@ -87,6 +89,43 @@ def _slots(batch: list[int], lengths: list[int], starts: list[int]) -> torch.Ten
     first = torch.tensor([starts[i] for i in batch])[:, None]
     last = torch.tensor([starts[i] + lengths[i] - 1 for i in batch])[:, None]
     return torch.minimum(first + torch.arange(lengths[batch[0]]), last).flatten()
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Cosine and signed sine of every token's angles, both [tokens, 1, head_dim], for `rotate`.
+
+    Args:
+        positions: [tokens].
+        frequencies: [head_dim / 2] float32, in radians per token.
+    """
+    angles = torch.outer(positions.float(), frequencies)[:, None, :]
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), -1).to(dtype), torch.cat((-sine, sine), -1).to(dtype)
+
+
+def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864, eq. 34) of [tokens, heads, head_dim].
+
+    The pairs are (i, i + head_dim / 2), as in Hugging Face's models: x cos + swap(x) (-sin, sin), where swap exchanges
+    the halves. What is recorded for the gradient is the rotation alone, which all layers share.
+    """
+    return _Rotate.apply(heads, cosine, sine)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, heads, cosine, sine):
+        ctx.save_for_backward(cosine, sine)
+        return (heads * cosine).addcmul_(_swap(heads), sine)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cosine, sine = ctx.saved_tensors
+        return (grad * cosine).addcmul_(_swap(grad), sine, value=-1), None, None
+
+
+def _swap(heads: torch.Tensor) -> torch.Tensor:
+    return heads.roll(heads.shape[-1] // 2, -1)
 
 
 class _Pad(torch.autograd.Function):
@@ -157,10 +196,8 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """[tokens, sequences, heads, dim] -> [tokens, sequences, heads * dim]; packed sequences are one row."""
-        if packed_seq_params is None:
-            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-            return causal_attention(query, key, value, self.scale).transpose(0, 1).flatten(2)
+        """[tokens, 1, heads, dim] -> [tokens, 1, heads * dim]"""
         query, key, value = (t.squeeze(1) for t in (query, key, value))
+        query, key = (rotate(t, *packed_seq_params.rotation) for t in (query, key))
         out = packed_attention(query, key, value, packed_seq_params.segments, self.scale)
         return out.flatten(1).unsqueeze(1)

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron_srft.config import RunConfig
 from megatron_srft.distributed import ProcessGroups
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config, uses_transformer_engine
-from megatron_srft.trainer.attention import PackedAttention
+from megatron_srft.trainer.attention import PackedAttention, rotation
 from megatron_srft.weights.architecture import Architecture, inverse_frequencies, read_architecture
 
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
@@ -37,6 +37,32 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Under sequence parallelism each tensor-parallel rank sees other tokens; this makes megatron add the gradients.
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # torch has a kernel for CUDA; on the CPU it strings together a dozen passes forwards and backwards.
+        if x.is_cuda or x.dtype != torch.float32:
+            return super().forward(x)
+        return _NormInFewPasses.apply(x, self.weight, self.eps)
+
+
+class _NormInFewPasses(torch.autograd.Function):
+    """y = x r w, r = 1 / sqrt(mean x^2 + eps); with u = x r and g = dy w: dx = r (g - u mean(g u)), dw = sum dy u."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        along = unit * grad
+        grad_weight = along.sum(tuple(range(x.dim() - 1)))
+        mean = (along @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        return (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None
 
 
 def _hidden_states(hidden_states: torch.Tensor, **unused) -> torch.Tensor:
@@ -58,18 +84,15 @@ class PolicyModel(GPTModel):
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
 
-    def _preprocess(self, *args, position_ids=None, packed_seq_params=None, **kwargs):
+    def _preprocess(self, *args, position_ids, packed_seq_params, **kwargs):
         outputs = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
-        if packed_seq_params is None or packed_seq_params.qkv_format == "thd":
+        if packed_seq_params.qkv_format == "thd":
             return outputs
-        # megatron has the angles of positions 0 ... longest; a packed row needs one angle per token.
-        return (outputs[0], self._angles(position_ids), *outputs[2:])
-
-    def _angles(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """[1, tokens] -> [tokens, 1, 1, head_dim]"""
+        # megatron has the angles of positions 0 ... longest, and takes their cosines in every layer anew; a packed row
+        # needs one angle per token, and PackedAttention turns queries and keys itself.
         frequencies = self.rotary_pos_emb.inv_freq.to(position_ids.device)
-        angles = torch.outer(position_ids[0].float(), frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        packed_seq_params.rotation = rotation(position_ids[0], frequencies, self.config.params_dtype)
+        return (outputs[0], None, *outputs[2:])
 
     if HAS_OUTPUT_PROCESSOR:
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_srft.trainer.attention import packed_attention, packed_params, plan_segments
+from megatron_srft.trainer.attention import packed_attention, packed_params, plan_segments, rotate, rotation
 
 CASES = {
     "one": [7],
@@ -70,6 +70,19 @@ def test_plan_holds_every_token_once_with_little_padding(lengths):
 def test_many_short_sequences_share_a_few_batches():
     lengths = [20 + i % 20 for i in range(200)]
     assert len(plan_segments(lengths, torch.device("cpu")).batches) <= 4
+
+
+def test_rotation_is_a_product_of_complex_numbers():
+    heads, *_ = random_inputs(5)
+    positions, frequencies = torch.tensor([0, 1, 2, 0, 7]), torch.tensor([1.0, 0.3, 0.1, 0.02])
+    turned = rotate(heads, *rotation(positions, frequencies, torch.float64))
+    factor = torch.exp(1j * torch.outer(positions.float(), frequencies))[:, None, :].to(torch.complex128)
+    expected = torch.complex(*heads.chunk(2, -1)) * factor
+    expected = torch.cat((expected.real, expected.imag), -1)
+    torch.testing.assert_close(turned, expected, atol=1e-6, rtol=0)
+    upstream = torch.randn(turned.shape, generator=torch.Generator().manual_seed(1), dtype=turned.dtype)
+    gradients = [torch.autograd.grad(out, heads, upstream)[0] for out in (turned, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
 
 
 def test_packed_params_describe_the_sequences():

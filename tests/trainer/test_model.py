@@ -1,5 +1,7 @@
 """The policy model in one process: packing, recomputation, the LM head, and what is refused before building."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import make_model
@@ -10,7 +12,7 @@ from megatron_srft.trainer import parallel
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
 from megatron_srft.trainer.attention import packed_params
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
-from megatron_srft.trainer.model import build_model
+from megatron_srft.trainer.model import RMSNorm, build_model
 from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.folder import HfFolder
 
@@ -54,11 +56,21 @@ def test_a_changed_sequence_leaves_the_others_untouched_by_a_bit(folder, groups)
     assert not torch.isclose(before[12:19], after[12:19]).all(1).any()
 
 
-def test_without_packing_the_row_is_one_sequence(folder, groups):
-    model = build(folder, groups)
-    (sequence,) = random_sequences([20])
-    alone = model(sequence[None], torch.arange(20)[None], None)[:, 0]
-    torch.testing.assert_close(alone, run(model, [sequence]), atol=1e-6, rtol=0)
+def test_rms_norm_and_its_gradients_equal_torch_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    settings = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
+    norm = RMSNorm(settings, 24, eps=1e-2)
+    norm.weight.data.normal_(1, 0.5, generator=generator)
+    scales = torch.logspace(-2, 2, 12)[:, None, None]
+    x = (torch.randn(12, 1, 24, generator=generator) * scales).requires_grad_()
+    upstream = torch.randn(12, 1, 24, generator=generator)
+    wide = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    expected = torch.nn.functional.rms_norm(wide[0], (24,), wide[1], 1e-2)
+    out = norm(x)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for found, gradient in zip(torch.autograd.grad(out, (x, norm.weight), upstream), wanted, strict=True):
+        torch.testing.assert_close(found.double(), gradient, atol=2e-6, rtol=2e-5)
 
 
 def gradients(model, sequences):
