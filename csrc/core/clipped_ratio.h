@@ -133,8 +133,8 @@ struct TokenLoss {
   float value;
   float by_logprob;
   float by_entropy;
-  bool clipped_low;
-  bool clipped_high;
+  float clipped_low;  // 1 or 0: a bool beside floats would keep CPU loops from being vectorised
+  float clipped_high;
 };
 
 // `loss` is term.loss: a constant where the caller wants the switch resolved when compiling.
@@ -142,31 +142,32 @@ SRFT_HD TokenLoss token_loss(int loss, const PolicyTerm& term, float logprob, fl
                              float ratio_slope, float advantage) {
   switch (loss) {
     case kNll:
-      return {-logprob, -1.0f, 0.0f, false, false};
+      return {-logprob, -1.0f, 0.0f, 0.0f, 0.0f};
     case kLogprob:
-      return {-advantage * logprob, -advantage, 0.0f, false, false};
+      return {-advantage * logprob, -advantage, 0.0f, 0.0f, 0.0f};
     case kClipped: {
       const bool pulls = advantage >= 0.0f;
-      const bool above = ratio > (pulls ? term.upper : term.dual_clip);
-      const bool below = !pulls && ratio < term.lower;
-      float bounded = above ? (pulls ? term.upper : term.dual_clip) : ratio;
-      bounded = below ? term.lower : bounded;
-      const float slope = above || below ? 0.0f : ratio_slope;
-      return {-advantage * bounded, -advantage * slope, 0.0f, advantage < 0.0f && ratio < term.lower,
-              advantage > 0.0f && ratio > term.upper};
+      const float most = pulls ? term.upper : term.dual_clip;
+      const float least = pulls ? -INFINITY : term.lower;
+      const float below_most = ratio > most ? most : ratio;
+      const float bounded = below_most < least ? least : below_most;
+      const float raised = bounded > ratio ? 1.0f : 0.0f;
+      const float lowered = bounded < ratio ? 1.0f : 0.0f;
+      const float slope = raised + lowered > 0.0f ? 0.0f : ratio_slope;
+      return {-advantage * bounded, -advantage * slope, 0.0f, raised, advantage > 0.0f ? lowered : 0.0f};
     }
     case kProbability: {
       const float value = -advantage * exponential(logprob);
-      return {value, value, 0.0f, false, false};
+      return {value, value, 0.0f, 0.0f, 0.0f};
     }
     case kShaped: {
       const float probability = exponential(logprob);
       const float share = 1.0f / (probability + term.gamma);
       const float value = -advantage * probability * share;
-      return {value, value * term.gamma * share, 0.0f, false, false};
+      return {value, value * term.gamma * share, 0.0f, 0.0f, 0.0f};
     }
     default:  // kEntropy
-      return {-entropy, 0.0f, -1.0f, false, false};
+      return {-entropy, 0.0f, -1.0f, 0.0f, 0.0f};
   }
 }
 

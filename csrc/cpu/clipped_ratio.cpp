@@ -6,7 +6,7 @@ namespace srft::cpu {
 namespace {
 
 constexpr int kChunkRows = 512;
-constexpr int kLanes = 16;  // independent sums that the compiler puts into vector registers
+constexpr int kLanes = 32;  // independent sums for vector registers; for fewer the compiler unrolls the loop over them
 constexpr int kNobody = 2;  // population of the rows that fill a chunk up to whole lanes
 
 struct Chunk {
@@ -22,6 +22,7 @@ struct Chunk {
 };
 
 struct RowsOfTerm {
+  int chosen[kChunkRows];
   float advantage[kChunkRows], weight[kChunkRows], factor[kChunkRows], value[kChunkRows];
 };
 
@@ -54,43 +55,52 @@ SRFT_HD void load(const ClippedRatioArguments& call, Chunk& chunk) {
   }
 }
 
-// Sum and largest of `value` over the rows for which `counts` holds.
-struct Sum {
-  double sum = 0.0;
-  float largest = 0.0f;
-};
-
+// Sum of `value` over the rows for which `counts` holds.
 template <typename Counts, typename Value>
-SRFT_HD Sum summed(const Chunk& chunk, const Counts& counts, const Value& value) {
-  float sums[kLanes] = {}, largest[kLanes] = {};
+SRFT_HD double sum_of(const Chunk& chunk, const Counts& counts, const Value& value) {
+  float lanes[kLanes] = {};
+  for (int start = 0; start < chunk.padded; start += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float term = value(start + lane);
+      lanes[lane] += counts(start + lane) ? term : 0.0f;
+    }
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// Largest of them, at least 0; NaN if there is one, which the `sum` of them tells.
+template <typename Counts, typename Value>
+SRFT_HD double largest_of(const Chunk& chunk, const Counts& counts, const Value& value, double sum) {
+  float lanes[kLanes] = {};
   for (int start = 0; start < chunk.padded; start += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const float term = counts(start + lane) ? value(start + lane) : 0.0f;
-      sums[lane] += term;
-      largest[lane] = larger(term, largest[lane]);
+      lanes[lane] = lanes[lane] > term ? lanes[lane] : term;
     }
   }
-  Sum result;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    result.sum += sums[lane];
-    result.largest = larger(largest[lane], result.largest);
-  }
-  return result;
+  float largest = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+  return std::isnan(sum) ? sum : largest;
 }
 
 #define SRFT_EACH [&](int i) __attribute__((always_inline))
 
+// A row's kind is found in a loop of its own: with its test of the advantage's sign beside the clip's, compilers make
+// branches of both.
 template <int kLoss>
 SRFT_HD void add_term(const PolicyTerm& term, Chunk& chunk, RowsOfTerm& rows) {
   for (int i = 0; i < chunk.padded; ++i) {
     const TokenLoss loss = token_loss(kLoss, term, chunk.logprob[i], chunk.entropy[i], chunk.ratio[i],
                                       chunk.slope[i], rows.advantage[i]);
-    const bool chosen = (term.rows & kind_of_row(chunk.population[i], rows.advantage[i])) != 0;
-    rows.value[i] = chosen ? rows.factor[i] * loss.value : 0.0f;
-    chunk.by_logprob[i] += chosen ? rows.factor[i] * loss.by_logprob : 0.0f;
-    chunk.by_entropy[i] += chosen ? rows.factor[i] * loss.by_entropy : 0.0f;
-    chunk.clipped_low[i] += chosen && loss.clipped_low ? 1.0f : 0.0f;
-    chunk.clipped_high[i] += chosen && loss.clipped_high ? 1.0f : 0.0f;
+    const float factor = rows.factor[i];
+    const bool chosen = rows.chosen[i] != 0;
+    rows.value[i] = chosen ? factor * loss.value : 0.0f;
+    chunk.by_logprob[i] += chosen ? factor * loss.by_logprob : 0.0f;
+    chunk.by_entropy[i] += chosen ? factor * loss.by_entropy : 0.0f;
+    chunk.clipped_low[i] += chosen ? loss.clipped_low : 0.0f;
+    chunk.clipped_high[i] += chosen ? loss.clipped_high : 0.0f;
   }
 }
 
@@ -110,7 +120,10 @@ SRFT_HD void run_term(const ClippedRatioArguments& call, int index, Chunk& chunk
   float other[kChunkRows];
   copy(chunk, advantages_of(call, index), 1.0f, rows.advantage);
   copy(chunk, weights_of(call, index), 1.0f, rows.weight);
-  for (int i = 0; i < chunk.padded; ++i) rows.factor[i] = term.scale * rows.weight[i];
+  for (int i = 0; i < chunk.padded; ++i) {
+    rows.chosen[i] = term.rows & kind_of_row(chunk.population[i], rows.advantage[i]);
+    rows.factor[i] = term.scale * rows.weight[i];
+  }
   if (term.rows & kPerLength) {
     copy(chunk, call.response_lengths, 1.0f, other);
     for (int i = 0; i < chunk.padded; ++i) rows.factor[i] /= other[i];
@@ -120,30 +133,30 @@ SRFT_HD void run_term(const ClippedRatioArguments& call, int index, Chunk& chunk
     for (int i = 0; i < chunk.padded; ++i) rows.factor[i] *= other[i];
   }
   add_term_of(term.loss, term, chunk, rows);
-  const Sum weight = summed(
-      chunk, SRFT_EACH { return in_population_of(term.rows, chunk.population[i]); },
-      SRFT_EACH { return rows.weight[i]; });
-  figures[kTermLoss] = summed(chunk, SRFT_EACH { return chunk.population[i] != kNobody; }, SRFT_EACH { return rows.value[i]; }).sum;
-  figures[kWeight] = weight.sum;
-  figures[kMaxWeight] = weight.largest;
+  const auto all = SRFT_EACH { return chunk.population[i] != kNobody; };
+  const auto counts = SRFT_EACH { return in_population_of(term.rows, chunk.population[i]); };
+  const auto weight = SRFT_EACH { return rows.weight[i]; };
+  figures[kTermLoss] = sum_of(chunk, all, SRFT_EACH { return rows.value[i]; });
+  figures[kWeight] = sum_of(chunk, counts, weight);
+  figures[kMaxWeight] = largest_of(chunk, counts, weight, figures[kWeight]);
 }
 
 SRFT_HD void run_population(const ClippedRatioArguments& call, int population, const Chunk& chunk, double* figures) {
   const auto counts = SRFT_EACH { return chunk.population[i] == population; };
-  const auto sum = [&](const auto& value) __attribute__((always_inline)) { return summed(chunk, counts, value); };
-  const Sum ratio = sum(SRFT_EACH { return chunk.ratio[i]; });
-  const Sum gap = sum(SRFT_EACH { return std::fabs(chunk.engine_gap[i]); });
-  figures[kNllFigure] = sum(SRFT_EACH { return -chunk.logprob[i]; }).sum;
-  figures[kEntropyFigure] = sum(SRFT_EACH { return chunk.entropy[i]; }).sum;
-  figures[kRatioFigure] = ratio.sum;
-  figures[kK1] = sum(SRFT_EACH { return -chunk.log_ratio[i]; }).sum;
-  figures[kK3] = sum(SRFT_EACH { return chunk.ratio[i] - 1.0f - chunk.log_ratio[i]; }).sum;
-  figures[kClippedLow] = sum(SRFT_EACH { return chunk.clipped_low[i]; }).sum;
-  figures[kClippedHigh] = sum(SRFT_EACH { return chunk.clipped_high[i]; }).sum;
-  figures[kMismatch] = gap.sum;
-  figures[kMismatchK3] = sum(SRFT_EACH { return chunk.engine_ratio[i] - 1.0f - chunk.engine_gap[i]; }).sum;
-  figures[kMaxRatio] = ratio.largest;
-  figures[kMaxMismatch] = gap.largest;
+  const auto sum = [&](const auto& value) __attribute__((always_inline)) { return sum_of(chunk, counts, value); };
+  const auto ratio = SRFT_EACH { return chunk.ratio[i]; };
+  const auto gap = SRFT_EACH { return std::fabs(chunk.engine_gap[i]); };
+  figures[kNllFigure] = sum(SRFT_EACH { return -chunk.logprob[i]; });
+  figures[kEntropyFigure] = sum(SRFT_EACH { return chunk.entropy[i]; });
+  figures[kRatioFigure] = sum(ratio);
+  figures[kK1] = sum(SRFT_EACH { return -chunk.log_ratio[i]; });
+  figures[kK3] = sum(SRFT_EACH { return chunk.ratio[i] - 1.0f - chunk.log_ratio[i]; });
+  figures[kClippedLow] = sum(SRFT_EACH { return chunk.clipped_low[i]; });
+  figures[kClippedHigh] = sum(SRFT_EACH { return chunk.clipped_high[i]; });
+  figures[kMismatch] = sum(gap);
+  figures[kMismatchK3] = sum(SRFT_EACH { return chunk.engine_ratio[i] - 1.0f - chunk.engine_gap[i]; });
+  figures[kMaxRatio] = largest_of(chunk, counts, ratio, figures[kRatioFigure]);
+  figures[kMaxMismatch] = largest_of(chunk, counts, gap, figures[kMismatch]);
   figures[kCorrectedShare] = 0.0;
   if (call.importance_weights == nullptr) return;
   float weight[kChunkRows];
@@ -151,7 +164,7 @@ SRFT_HD void run_population(const ClippedRatioArguments& call, int population, c
   figures[kCorrectedShare] = sum(SRFT_EACH {
     const float usual = chunk.engine_ratio[i];
     return std::fabs(weight[i] - usual) > kRounding * usual ? 1.0f : 0.0f;
-  }).sum;
+  });
 }
 
 SRFT_CLONES void run_chunk(const ClippedRatioArguments& call, int64_t start, double* figures) {

@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const ClippedRatioArgume
     const bool chosen = (term.rows & kind_of_row(population, advantage)) != 0;
     by_logprob += chosen ? factor * loss.by_logprob : 0.0f;
     by_entropy += chosen ? factor * loss.by_entropy : 0.0f;
-    clipped_low += chosen && loss.clipped_low ? 1.0f : 0.0f;
-    clipped_high += chosen && loss.clipped_high ? 1.0f : 0.0f;
+    clipped_low += chosen ? loss.clipped_low : 0.0f;
+    clipped_high += chosen ? loss.clipped_high : 0.0f;
     const int figures = 2 * kPopulationFigures + index * kTermFigures;
     const float counted = in_population_of(term.rows, population) ? weight : 0.0f;
     sums.add(figures + kTermLoss, chosen ? factor * loss.value : 0.0f);

@@ -78,7 +78,7 @@ def clipped_ratio(
     """Loss over some rows, with gradients to `logprobs` and (from terms of the loss "entropy") to `entropy`.
 
     Args:
-        logprobs: [rows] log-prob of the taken token, float32 or float64.
+        logprobs: [rows] log-prob of the taken token, float32, or float64, beside which the others may be float32.
         entropy: [rows] in nats.
         is_demonstration: [rows] bool; the other rows are rollouts.
         response_lengths: [rows] tokens of the row's response.
@@ -101,7 +101,9 @@ def clipped_ratio(
     _check_rows(given, is_demonstration)
     _check_terms(terms, logprobs)
     advantages, weights = _matrix([t.advantages for t in terms]), _matrix([t.weights for t in terms])
-    loss, _, figures = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))(
+    op = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))
+    loss, _, figures = _Loss.apply(
+        op,
         logprobs,
         entropy,
         is_demonstration,
@@ -204,11 +206,7 @@ def _fake(logprobs, entropy, is_demonstration, response_lengths, engine_logprobs
     """loss [], gradients [1 or 2, rows] by log-prob (and entropy), figures [of both populations, then of each term]."""
     figures = len(POPULATIONS) * len(POPULATION_FIGURES) + len(TERM_FIGURES) * len(losses)
     gradients = 2 if ENTROPY in losses else 1
-    return (
-        logprobs.new_empty(()),
-        logprobs.new_empty(gradients, logprobs.shape[0]),
-        logprobs.new_empty(figures),
-    )
+    return logprobs.new_empty(()), logprobs.new_empty(gradients, logprobs.shape[0]), logprobs.new_empty(figures)
 
 
 def _setup_context(ctx, inputs, output):
@@ -224,6 +222,20 @@ def _backward(ctx, upstream, *_):
     (gradients,) = ctx.saved_tensors
     by_logprob, *by_entropy = (gradients * upstream).unbind()
     return by_logprob, by_entropy[0] if by_entropy else None, *(None,) * 11
+
+
+class _Loss(torch.autograd.Function):
+    """What the registration below does, without torch's bookkeeping for every call, which takes longer than the op."""
+
+    @staticmethod
+    def forward(ctx, op, *arguments):
+        output = op(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        return None, *_backward(ctx, *upstream)
 
 
 implementations.declare(
@@ -264,16 +276,16 @@ def _check_rows(given: dict[str, Tensor | None], is_demonstration: Tensor) -> No
         raise ValueError(f"logprobs must be [rows] float32 or float64, not {_described(logprobs)}")
     for name, tensor in given.items():
         if tensor is not None:
-            _check_row_tensor(name, tensor, logprobs, logprobs.dtype)
-    _check_row_tensor("is_demonstration", is_demonstration, logprobs, torch.bool)
+            _check_row_tensor(name, tensor, logprobs, (logprobs.dtype, torch.float32))
+    _check_row_tensor("is_demonstration", is_demonstration, logprobs, (torch.bool,))
 
 
-def _check_row_tensor(name: str, tensor: Tensor, logprobs: Tensor, dtype: torch.dtype) -> None:
-    alike = tensor.shape == logprobs.shape and tensor.dtype == dtype and tensor.device == logprobs.device
+def _check_row_tensor(name: str, tensor: Tensor, logprobs: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    alike = tensor.shape == logprobs.shape and tensor.dtype in dtypes and tensor.device == logprobs.device
     if not alike or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be [{logprobs.shape[0]}] {_short(dtype)} on {logprobs.device} like logprobs, contiguous, "
-            f"not {_described(tensor)}"
+            f"{name} must be [{logprobs.shape[0]}] {_short(dtypes[0])} on {logprobs.device} like logprobs, "
+            f"contiguous, not {_described(tensor)}"
         )
 
 
@@ -288,7 +300,7 @@ def _check_terms(terms: Sequence[Term], logprobs: Tensor) -> None:
             )
         for name in ("advantages", "weights"):
             if (tensor := getattr(term, name)) is not None:
-                _check_row_tensor(name, tensor, logprobs, logprobs.dtype)
+                _check_row_tensor(name, tensor, logprobs, (logprobs.dtype, torch.float32))
 
 
 def _short(dtype: torch.dtype) -> str:
