@@ -7,8 +7,10 @@
 namespace srft::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = 4;   // of the kernel with a warp per row
-constexpr int kMostThreads = 512;  // per row of the kernel with a block per row
+constexpr int kMostColumns = 1 << 30;  // indices within a row are 32 bits, which takes fewer registers
+constexpr int kMostFolded = 16;        // logits that a thread adds up at once, limited by its registers
+constexpr int kRowsPerBlock = 4;       // of the kernel with a warp per row
+constexpr int kMostThreads = 512;      // per row of the kernel with a block per row
 constexpr int kMostWarps = kMostThreads / kWarp;
 
 // Statistics of some columns: m, s, u of core/softmax_statistics.h.
@@ -32,8 +34,7 @@ __device__ __forceinline__ Partial merged(const Partial& left, const Partial& ri
 }
 
 template <int kCount>
-__device__ __forceinline__ void fold(Partial& partial, const float (&logits)[kCount],
-                                     float inverse_temperature) {
+__device__ __forceinline__ void fold(Partial& partial, const float* logits, float inverse_temperature) {
   float maximum = logits[0];
 #pragma unroll
   for (int k = 1; k < kCount; ++k) maximum = fmaxf(maximum, logits[k]);
@@ -53,30 +54,35 @@ __device__ __forceinline__ void fold(Partial& partial, const float (&logits)[kCo
 
 // This thread's share of a row: groups of kSize elements, kInFlight of them at a time.
 template <bool kAligned, int kSize, typename T>
-__device__ __forceinline__ void fold_groups(Partial& partial, const T* logits, int64_t groups,
+__device__ __forceinline__ void fold_groups(Partial& partial, const T* logits, int groups,
                                             float inverse_temperature, int thread, int threads) {
-  int64_t i = thread;
-  for (; i + (kInFlight - 1) * threads < groups; i += kInFlight * threads) {
+  constexpr int kFold = kInFlight * kSize < kMostFolded ? kInFlight * kSize : kMostFolded;
+  int i = thread;
+  for (; i < groups - (kInFlight - 1) * threads; i += kInFlight * threads) {
     float values[kInFlight * kSize];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      load_floats<kAligned, kSize>(logits + (i + k * threads) * kSize, values + k * kSize);
+      load_floats<kAligned, kSize>(logits + static_cast<int64_t>(i + k * threads) * kSize,
+                                   values + k * kSize);
     }
-    fold(partial, values, inverse_temperature);
+#pragma unroll
+    for (int start = 0; start < kInFlight * kSize; start += kFold) {
+      fold<kFold>(partial, values + start, inverse_temperature);
+    }
   }
   for (; i < groups; i += threads) {
     float values[kSize];
-    load_floats<kAligned, kSize>(logits + i * kSize, values);
-    fold(partial, values, inverse_temperature);
+    load_floats<kAligned, kSize>(logits + static_cast<int64_t>(i) * kSize, values);
+    fold<kSize>(partial, values, inverse_temperature);
   }
 }
 
 // An unaligned row is shared and added up in the same order, lest its sums depend on where it lies.
 template <typename T>
-__device__ __forceinline__ Partial fold_row(const T* logits, int64_t columns, float inverse_temperature,
+__device__ __forceinline__ Partial fold_row(const T* logits, int columns, float inverse_temperature,
                                             int thread, int threads) {
   constexpr int kSize = Vector<T>::kSize;
-  const int64_t groups = columns / kSize, done = groups * kSize;
+  const int groups = columns / kSize, done = groups * kSize;
   Partial partial = {-kInfinity, 0.0f, 0.0f};
   if (is_aligned(logits)) {
     fold_groups<true, kSize>(partial, logits, groups, inverse_temperature, thread, threads);
@@ -183,8 +189,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
   if (n >= arguments.rows) return;
   const T* const logits = static_cast<const T*>(arguments.logits) + n * arguments.row_stride;
   const float z = lane == 0 ? label_logit(arguments, logits, n) : 0.0f;
-  const Partial partial =
-      merged_over_warp(fold_row(logits, arguments.columns, arguments.inverse_temperature, lane, kWarp));
+  const Partial partial = merged_over_warp(
+      fold_row(logits, static_cast<int>(arguments.columns), arguments.inverse_temperature, lane, kWarp));
   if (lane == 0) write_statistics(arguments, n, partial, z);
   if (arguments.kept == nullptr) return;
   __syncwarp();  // all that may be overwritten has been read
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 
 // A block per row.
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads) statistics_by_block(const StatisticsArguments arguments) {
+__global__ void __launch_bounds__(kMostThreads, 2) statistics_by_block(const StatisticsArguments arguments) {
   SRFT_SHARED(float, maxima, kMostWarps);
   SRFT_SHARED(float, sums, kMostWarps);
   SRFT_SHARED(float, weighted_sums, kMostWarps);
@@ -201,8 +207,8 @@ __global__ void __launch_bounds__(kMostThreads) statistics_by_block(const Statis
   const int thread = threadIdx.x, threads = blockDim.x, lane = thread % kWarp, warp = thread / kWarp;
   const T* const logits = static_cast<const T*>(arguments.logits) + n * arguments.row_stride;
   const float z = thread == 0 ? label_logit(arguments, logits, n) : 0.0f;
-  Partial partial =
-      merged_over_warp(fold_row(logits, arguments.columns, arguments.inverse_temperature, thread, threads));
+  Partial partial = merged_over_warp(
+      fold_row(logits, static_cast<int>(arguments.columns), arguments.inverse_temperature, thread, threads));
   if (lane == 0) {
     maxima[warp] = partial.maximum;
     sums[warp] = partial.sum;
@@ -234,7 +240,7 @@ int launch_statistics(const StatisticsArguments& arguments, void* stream) {
 
 int softmax_statistics(const StatisticsArguments& arguments, void* stream) {
   if (arguments.rows == 0) return cudaSuccess;
-  if (arguments.rows > kMostBlocks) return cudaErrorInvalidConfiguration;
+  if (arguments.rows > kMostBlocks || arguments.columns > kMostColumns) return cudaErrorInvalidConfiguration;
   switch (arguments.type) {
     case ElementType::kFloat32:
       return launch_statistics<float>(arguments, stream);
