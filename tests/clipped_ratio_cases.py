@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_srft.ops import implementations
 from megatron_srft.ops.clipped_ratio import MAX_TERMS, Term, clipped_ratio
 
 
@@ -141,3 +142,15 @@ def check(rows: dict, terms: list[Term], implementation: str):
 def replaced(term: Term, dtype: torch.dtype) -> Term:
     values = {name: getattr(term, name) for name in term.__slots__}
     return Term(**{n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+
+
+def arguments_of(rows: dict, terms: list[Term]) -> tuple:
+    """What the op itself is called with."""
+    seen = []
+    kernel = implementations.kernel
+    implementations.kernel = lambda *names: lambda *arguments: (seen.append(arguments), kernel(*names)(*arguments))[1]
+    try:
+        call(rows, terms, implementation="reference")
+    finally:
+        implementations.kernel = kernel
+    return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0])

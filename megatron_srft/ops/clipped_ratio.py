@@ -169,9 +169,8 @@ def reference(
         if number == CLIPPED:
             low += chosen & (advantage < 0) & (ratio < numbers.lower)
             high += chosen & (advantage > 0) & (ratio > numbers.upper)
-        in_populations, size = populations_of(mask, is_demonstration, tokens)
-        kept = torch.where(in_populations, weight, 0)
-        of_terms += [torch.where(chosen, factor * loss, 0).sum(), kept.sum() / size, largest(kept)]
+        kept = torch.where(in_populations_of(mask, is_demonstration), weight, 0)
+        of_terms += [torch.where(chosen, factor * loss, 0).sum(), kept.sum() / tokens_of(mask, tokens), largest(kept)]
     values = torch.stack(
         [-logprobs, entropy, ratio, -log_ratio, ratio - 1 - log_ratio, low, high]
         + [engine_gap.abs(), engine_ratio - 1 - engine_gap, corrected, ratio, engine_gap.abs()]
@@ -189,11 +188,14 @@ def selected(rows: int, is_demonstration: Tensor, advantages: Tensor) -> Tensor:
     return (rows >> kind) & 1 == 1
 
 
-def populations_of(rows: int, is_demonstration: Tensor, tokens: list[int]) -> tuple[Tensor, int]:
-    """The rows of a term's populations, and how many tokens those have in the whole (at least 1)."""
-    has = [rows & ROWS[population] != 0 for population in POPULATIONS]
-    of_rows = torch.where(is_demonstration, has[1], has[0])
-    return of_rows, max(1, sum(size for size, counted in zip(tokens, has, strict=True) if counted))
+def in_populations_of(rows: int, is_demonstration: Tensor) -> Tensor:
+    """[rows] bool; the rows of a term's populations, whatever the sign of A."""
+    return torch.where(is_demonstration, rows & ROWS["demonstrations"] != 0, rows & ROWS["rollouts"] != 0)
+
+
+def tokens_of(rows: int, tokens: list[int]) -> int:
+    """How many tokens a term's populations have in the whole, at least 1."""
+    return max(1, sum(size for name, size in zip(POPULATIONS, tokens, strict=True) if rows & ROWS[name]))
 
 
 def largest(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clipped_ratio_cases import batch, call, terms_of
+from clipped_ratio_cases import arguments_of, batch, call, terms_of
 
 from megatron_srft.ops import implementations
 from megatron_srft.ops.clipped_ratio import Term, clipped_ratio
@@ -56,15 +56,9 @@ def test_clip_shares_of_both_populations(implementation):
 def test_registrations(case, implementation):
     rows = batch(6, dtype=torch.float32)
     terms = terms_of(rows)[case]
-    seen = []
-    kernel = implementations.kernel("clipped_ratio", implementation)
-    original = implementations.kernel
-    implementations.kernel = lambda *names: lambda *arguments: (seen.append(arguments), kernel(*arguments))[1]
-    try:
-        call(rows, terms, implementation=implementation)
-    finally:
-        implementations.kernel = original
-    torch.library.opcheck(kernel, seen[0])
+    logprobs, entropy, *rest = arguments_of(rows, terms)
+    arguments = (logprobs.requires_grad_(), entropy.requires_grad_(), *rest)
+    torch.library.opcheck(implementations.kernel("clipped_ratio", implementation), arguments)
 
 
 def test_compiles_without_a_graph_break(implementation):
