@@ -48,7 +48,7 @@ print(metadata.version("torch"), importlib.util.find_spec("triton") is not None)
 KERNELS = """
 from megatron_srft.ops import implementations as ops
 missing = [f"{device}: {reason}" for device in ("cpu", "cuda") if (reason := ops.reason_against("native", device))]
-print("; ".join(missing) or "for CPU and CUDA")
+print("; ".join(missing) or "for cpu and cuda")
 """
 """Run in the environment: what of csrc/ was compiled. Without it the plain torch ops serve."""
 
@@ -197,7 +197,8 @@ def build(wanted, facts):
     run("[3/4] installing the pinned packages of requirements/", pinned, NETWORK)
     ourselves = pip("--no-deps", "--no-build-isolation", "-e", ".")
     run("[4/4] installing megatron_srft itself, editable", ourselves, "The build of this project failed; see above.")
-    print("      " + run("      compiled kernels", [PYTHON, "-c", KERNELS], "The package just installed does not import."))
+    compiled = run("      looking at the compiled kernels", [PYTHON, "-c", KERNELS], "The package does not import.")
+    print(f"      kernels: {compiled}")
     STAMP.write_text(json.dumps(dict(made_from, wanted=wanted, inputs=fingerprint()), indent=1), encoding="utf-8")
 
 

@@ -58,7 +58,7 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 
 // A warp for kRowsPerWarp rows.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) project(ProjectionArguments call) {
+__global__ void __launch_bounds__(kThreads, 2) project(ProjectionArguments call) {  // 2: or sm_100 would spill
   const int lane = threadIdx.x % kWarp;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t first = warp * kRowsPerWarp;
