@@ -10,8 +10,6 @@ float64, relative to the largest of them.
 """
 
 import argparse
-import json
-import sys
 
 import measure
 import torch
@@ -112,11 +110,14 @@ def run(side: str, args: argparse.Namespace) -> dict:
 
     both()
     error = error_of(leaves, rows)
-    before = measure.peak_bytes()
-    measure.reset_peak()
+    start = measure.start_memory()
     timed = dict(forward=measure.time_of(forward, args.repeats), both=measure.time_of(both, args.repeats))
-    memory = (measure.peak_bytes() - before) / 2**20
-    return timed | {"memory MiB": f"{memory:.1f}", "error": f"{error:.0e}"}
+    return timed | {"memory MiB": measure.memory_over(start), "error": error}
+
+
+def sides(args: argparse.Namespace) -> dict[str, str | None]:
+    ours = {name: implementations.reason_against(name, measure.DEVICE) for name in implementations.IMPLEMENTATIONS}
+    return {"eager": None, "torch.compile": None} | ours
 
 
 def error_of(leaves: list[torch.Tensor], rows: dict[str, torch.Tensor]) -> float:
@@ -130,21 +131,9 @@ def error_of(leaves: list[torch.Tensor], rows: dict[str, torch.Tensor]) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rows", type=int, help="response tokens; 1024, 8192 and 65536 one after the other if not given"
-    )
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="response tokens")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(run(args.side, args)))
-        return
-    ours = [
-        name for name in implementations.IMPLEMENTATIONS if implementations.reason_against(name, measure.DEVICE) is None
-    ]
-    for rows in (args.rows,) if args.rows else ROWS:
-        sys.argv = [sys.argv[0], "--rows", str(rows), "--repeats", str(args.repeats)]
-        measure.compare(["eager", "torch.compile", *ours], ("forward", "both"))
+    measure.main(parser, run, sides, ("forward", "both"), vary="rows")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ peak over the hidden states (which stacking must keep, all layers of them, until
 """
 
 import argparse
-import json
 
 import measure
 import torch
 
 from megatron_srft.ops.gated_pooling import gated_mean, gated_projection
-from megatron_srft.ops.implementations import reason_against
+from megatron_srft.ops.implementations import IMPLEMENTATIONS, reason_against
 
 
 def stacked(states, weight, bias, spans):
@@ -61,8 +60,7 @@ def function_of(side: str, sequences: torch.Tensor):
 def run(side: str, args: argparse.Namespace) -> dict:
     states, weight, bias, sequences = make(args)
     function, weights = function_of(side, sequences), torch.linspace(-1, 2, len(sequences), device=measure.DEVICE)
-    before = measure.peak_bytes()
-    measure.reset_peak()
+    start = measure.start_memory()
 
     def forward():
         with torch.no_grad():
@@ -73,30 +71,30 @@ def run(side: str, args: argparse.Namespace) -> dict:
         (function(states, weight, bias) * weights).sum().backward()
 
     timed = dict(forward=measure.time_of(forward, args.repeats), both=measure.time_of(both, args.repeats))
-    memory = (measure.peak_bytes() - before) / 2**20
+    memory = measure.memory_over(start)
     found = function(states, weight, bias).detach(), weight.grad
     exact = weight.detach().double().requires_grad_()
     expected = stacked(states, exact, bias.detach().double(), sequences.tolist())
     (expected * weights).sum().backward()
-    worst = (found[0] - expected).abs().max().item(), ((found[1] - exact.grad).abs().max() / exact.grad.abs().max())
-    return timed | {"memory MiB": f"{memory:.0f}", "error": " ".join(f"{float(number):.0e}" for number in worst)}
+    error = (found[0] - expected).abs().max().item()
+    gradient_error = ((found[1] - exact.grad).abs().max() / exact.grad.abs().max()).item()
+    return timed | {"memory MiB": memory, "score error": error, "gradient error": gradient_error}
+
+
+def sides(args: argparse.Namespace) -> dict[str, str | None]:
+    ours = {name: reason_against(name, measure.DEVICE) for name in IMPLEMENTATIONS}
+    return {"eager": None, "torch.compile": None} | ours
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(run(args.side, args)))
-    else:
-        ours = [name for name in ("reference", "native", "triton") if reason_against(name, measure.DEVICE) is None]
-        measure.compare(["eager", "torch.compile", *ours], ("forward", "both"))
+    measure.main(parser, run, sides, ("forward", "both"), vary="tokens")
 
 
 if __name__ == "__main__":
