@@ -1,4 +1,4 @@
-"""Numerical kernels: token log-prob and entropy, policy losses, gated pooling; each in plain torch, C++/CUDA and Triton.
+"""Numerical kernels: token log-prob and entropy, policy losses, gated pooling; in plain torch, C++/CUDA and Triton.
 
 `implementations` says which of them an installation has. Importing this package declares all ops.
 """
