@@ -148,6 +148,7 @@ def test_each_output_alone_and_neither():
 
 def test_rows_do_not_see_each_other_and_repeat_bit_for_bit(implementation):
     logits, labels, g, h = problem(17, 1001, 1001)
+
     def function(x, rows):
         return token_logprob(x, labels[rows], vocab_start=0, vocab_size=1001, implementation=implementation)
 
@@ -162,6 +163,7 @@ def test_rows_do_not_see_each_other_and_repeat_bit_for_bit(implementation):
 def test_blocks_of_rows_are_invisible(implementation):
     """2,500 rows of 1,001 columns are worked off in blocks; every row still equals a call of its own."""
     logits, labels, g, h = problem(2500, 1004, 1001)
+
     def function(x, rows):
         return token_logprob(x, labels[rows], vocab_start=0, vocab_size=1001, implementation=implementation)
 
