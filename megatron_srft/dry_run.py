@@ -13,6 +13,7 @@ from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import load_tokenizer
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
 from megatron_srft.trainer.conversion import read_hf_config
+from megatron_srft.trainer.old_policy import remarks
 from megatron_srft.trainer.parallel import check_world_size
 from megatron_srft.weights.architecture import Architecture, read_architecture
 from megatron_srft.weights.folder import HfFolder
@@ -43,6 +44,8 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     tokenizer = load_tokenizer(config.model)
     for name, stage in stages:
         print(f"\nstage {name}: {stage.steps} steps, objective {stage.objective.kind}")
+        for remark in remarks(stage):
+            print(f"  note: {remark}")
         print_stage(stage, model, world_size, tokenizer)
     print_disk(config, model)
     command = f"torchrun --nproc-per-node {world_size} -m megatron_srft.train {shlex.join(arguments)}"

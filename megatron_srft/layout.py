@@ -102,8 +102,8 @@ def batch_arithmetic(config: RunConfig, data_ranks: int, prompt_tokens: float) -
         data_ranks: data-parallel size.
         prompt_tokens: mean prompt length of the data.
     """
-    batch, is_sft = config.batch, config.objective.kind == "sft"
-    rollouts = 0 if is_sft else batch.prompts_per_step * batch.rollouts_per_prompt
+    batch = config.batch
+    rollouts = batch.prompts_per_step * batch.rollouts_per_prompt if config.samples_rollouts else 0
     demonstrations = batch.prompts_per_step if config.uses_demonstrations else 0
     sequences = (rollouts + demonstrations) // batch.updates_per_step
     longest = config.data.max_prompt_tokens + longest_response(config)
@@ -234,7 +234,7 @@ def head_bytes(config: RunConfig, model: Architecture, tokens: int, padded_vocab
 
 def generates(config: RunConfig) -> bool:
     """Whether an engine with a model of its own samples completions in this run."""
-    return config.objective.kind != "sft" and config.rollout.kind == "local"
+    return config.samples_rollouts and config.rollout.kind == "local"
 
 
 def cache_bytes(config: RunConfig, model: Architecture, world_size: int) -> int:

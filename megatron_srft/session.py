@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_srft import config as configuration
-from megatron_srft.advantages import group_statistics
+from megatron_srft.advantages import group_statistics, to_sequences
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
 from megatron_srft.config import ConfigError, RunConfig
@@ -33,6 +33,7 @@ from megatron_srft.stages import Stage, stage_of, stages_of
 from megatron_srft.trainer import checkpoint, manifest, parallel, publish
 from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.manifest import CheckpointError, Progress
+from megatron_srft.trainer.old_policy import OldPolicy, remarks
 from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.weights.architecture import read_architecture
@@ -73,6 +74,7 @@ class Session:
         self._load_data()
         self.scorer = _tested_scorer(self.config)
         self.trainer = Trainer(self.config, groups)
+        self.old_policy = OldPolicy(self.config)
         if found:
             self._restore(*found)
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
@@ -100,9 +102,12 @@ class Session:
                 self.scorer.close()
                 self.scorer = _tested_scorer(self.config)
             self.trainer.begin_stage(self.config, self.config.steps)
+            self.old_policy = OldPolicy(self.config)
             if self.config.rollout != before.rollout:
                 self.engine, self.synced_version = None, None  # two engines at a time could be too many
                 self.engine = build_engine(self.config, self.tokenizer, parallel.device())
+        for remark in remarks(self.config) if is_main() else ():
+            log.warning("stage %s: %s", stage.name, remark)
         if self.step == 0:
             self._evaluate()
 
@@ -116,12 +121,10 @@ class Session:
 
     def roll_out(self, prompts: list[Prompt]) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step."""
+        if not self.stage.samples_rollouts:
+            return self._demonstrated(prompts, self.step)
         shown = self.config.uses_demonstrations
         demonstrations = [choose_demonstration(p, self.config.seed, self.step) if shown else None for p in prompts]
-        if not self.stage.samples_rollouts:
-            return [
-                Group(prompt=p, completions=(), demonstration=d) for p, d in zip(prompts, demonstrations, strict=True)
-            ]
         self._sync()
         with self.timer("generate"):
             return collect(
@@ -170,6 +173,19 @@ class Session:
         self.parity = report.metrics()
         return measured
 
+    def add_old_policy(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
+        """PSFT: give the demonstrations their log-probs under the old policy, which is refreshed when it is due."""
+        if self.old_policy.window(stage_step) is None:
+            return sequences
+        begun = self.step - stage_step
+
+        def upcoming(later: int) -> list[TrainingSequence]:
+            prompts = self.stream.batch(begun + later, self.config.batch.prompts_per_step)
+            return to_sequences(self._demonstrated(prompts, begun + later), self.config.advantage)
+
+        with self.timer("refresh"):
+            return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
+
     def update(
         self, sequences: list[TrainingSequence], stage_step: int, measured: list[SequenceStats] | None
     ) -> dict[str, float]:
@@ -190,6 +206,9 @@ class Session:
             every = self.config.rollout.dump_every
             if every and self.stage.samples_rollouts and self.step % every == 0:
                 dump(groups, self.folder / "rollouts" / f"step-{self.step:06d}.jsonl.zst")
+        remark = self.old_policy.watch(self.stage_step, metrics)
+        if remark is not None and is_main():
+            log.warning("stage %s: %s", self.stage.name, remark)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         if _due(self.step, self.config.evaluation.every) and self.step < self.total_steps:
             self._evaluate()
@@ -219,6 +238,11 @@ class Session:
             print(f"model:  {self.folder / 'hf' / 'final'}", flush=True)
 
     # ------------------------------------------------------------ parts of the stages
+
+    def _demonstrated(self, prompts: list[Prompt], step: int) -> list[Group]:
+        """Groups without completions: each prompt with its demonstration of the step."""
+        seed = self.config.seed
+        return [Group(prompt=p, completions=(), demonstration=choose_demonstration(p, seed, step)) for p in prompts]
 
     def _sync(self) -> None:
         """Give the engine the current weights, if it does not hold them."""
@@ -271,6 +295,7 @@ class Session:
                 progress,
                 self.groups,
                 self.config.checkpoint.keep,
+                self.old_policy.arrays(self.stage_step),
             )
         self.saved_step = self.step
 
@@ -317,6 +342,7 @@ class Session:
         checkpoint.load(path, self.trainer.models, self.trainer.optimizer, self.groups)
         self.trainer.policy_version = progress.policy_version
         self.trainer.skipped_in_a_row = progress.skipped_in_a_row
+        self.old_policy.restore(checkpoint.read_arrays(path))
         if is_main():
             log.warning("resumed from %s", path)
 

@@ -14,7 +14,7 @@ class Stage:
 
     @property
     def samples_rollouts(self) -> bool:
-        return self.config.objective.kind != "sft"
+        return self.config.samples_rollouts
 
 
 def stages_of(config: RunConfig) -> list[Stage]:

@@ -25,6 +25,7 @@ def train(run: Session) -> None:
             groups = run.score(groups)
             sequences = to_sequences(groups, run.config.advantage)
             measured = run.check_parity(sequences)
+            sequences = run.add_old_policy(sequences, stage_step)
             metrics = run.update(sequences, stage_step, measured)
             run.finish_step(groups, metrics)
             if run.interrupted():

@@ -13,6 +13,8 @@ import pytest
 from runs import Run, final_weights, history, rewind, saved, write_inputs
 from safetensors.numpy import load
 
+from megatron_srft.metrics import read_metrics
+
 STEPS = 4
 
 
@@ -150,6 +152,56 @@ def test_a_stage_that_the_config_no_longer_has(stages):
     run = stages.run("renamed", 'stages=[{"name": "learn", "steps": 4}]')
     assert run.wait() == 2
     assert "stands in stage imitate, and the config has learn" in run.output
+
+
+# ---------------------------------------------------------------- PSFT's old policy
+
+
+@pytest.fixture(scope="module")
+def psft(tmp_path_factory) -> Workshop:
+    """Its old policy is refreshed before the first and the fourth step, so that steps 1 and 2 go on from an old one."""
+    workshop = Workshop(
+        tmp_path_factory.mktemp("psft"),
+        objective={"kind": "psft", "refresh_every": 3},
+        # An epsilon that keeps rounding in a small gradient from turning into a full-sized update.
+        optimizer={"lr": 0.01, "adam_epsilon": 1e-4},
+    )
+    workshop.resume("reference", "parallel.tensor=2", ranks=2)
+    lines = read_metrics(workshop.reference)
+    assert [line["clip_fraction/demonstrations"] > 0 for line in lines] == [False, True, True, False]
+    return workshop
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_killed_between_two_refreshes(psft, step):
+    name, manifest = f"window-{step}", f"step-{step + 1:06d}.partial/manifest.json"
+    killed = psft.run(name, "parallel.tensor=2", ranks=2, event=("open", manifest, signal.SIGKILL))
+    assert killed.wait() == -signal.SIGKILL, killed.output
+    kept = (psft.runs / name / "checkpoints" / f"step-{step:06d}" / "arrays.npz").exists()
+    assert kept == (step < 3)
+    psft.resume(name, "parallel.tensor=2", ranks=2)
+    psft.assert_as_uninterrupted(name)
+
+
+def test_an_old_policy_is_resumed_by_other_layouts(psft):
+    expected = load(final_weights(psft.reference))
+    for name, ranks, layout in (("tp1", 1, []), ("pp2", 2, ["parallel.pipeline=2"])):
+        psft.rewound(name, 1)
+        psft.resume(name, *layout, ranks=ranks)
+        for (*_, loss, _, norm, _), (*_, wanted_loss, _, wanted_norm, _) in zip(
+            history(psft.runs / name), history(psft.reference), strict=True
+        ):
+            assert (loss, norm) == pytest.approx((wanted_loss, wanted_norm), rel=1e-5), name
+        weights = load(final_weights(psft.runs / name))
+        difference = {key: abs(weights[key] - value).max() for key, value in expected.items()}
+        assert max(difference.values()) < 1e-5, (name, difference)
+
+
+def test_other_demonstrations_between_two_refreshes_are_refused(psft):
+    psft.rewound("reseeded", 1)
+    run = psft.run("reseeded", "seed=7")
+    assert run.wait() == 2
+    assert "between two refreshes of PSFT's old policy" in run.output
 
 
 # ---------------------------------------------------------------- other settings and layouts

@@ -17,7 +17,7 @@ SECTIONS = {
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],
     "rewards": ["MathRewardConfig", "ExactRewardConfig", "FormatRewardConfig"],
     "advantage": ["AdvantageConfig"],
-    "objective": ["SftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
+    "objective": ["SftConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
     "optimizer": ["OptimizerConfig"],
     "checkpoint": ["CheckpointConfig"],
     "evaluation": ["EvaluationConfig"],

@@ -14,12 +14,14 @@ from megatron_srft.config.base import (
 )
 from megatron_srft.config.methods import (
     ADVANTAGES,
+    DEMONSTRATIONS_ONLY,
     PRESETS,
     AdvantageConfig,
     Denominator,
     GrpoConfig,
     LuffyConfig,
     ObjectiveConfig,
+    PsftConfig,
     SftConfig,
     SrftConfig,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "ConfigError",
+    "DEMONSTRATIONS_ONLY",
     "DataConfig",
     "Denominator",
     "EvaluationConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "PRESETS",
     "ParallelConfig",
     "ParityConfig",
+    "PsftConfig",
     "ReplayRolloutConfig",
     "RewardConfig",
     "RolloutConfig",

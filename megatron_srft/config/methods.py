@@ -61,6 +61,40 @@ class SftConfig:
 
 
 @section
+class PsftConfig:
+    kind: Literal["psft"] = "psft"
+
+    clip: float | None = 0.28
+    """A demonstration's token whose probability has grown by more than this share since the latest refresh gets no
+    gradient. null: all get one, the control with the same schedule."""
+
+    refresh_every: int | None = 8
+    """Optimizer updates that share an old policy, which is the policy before the first of them. 1: exactly SFT. null:
+    a fixed reference, the policy at the end of the warm-up."""
+
+    warmup_steps: int = 0
+    """Updates of plain SFT before that. (For another learning rate there, put a stage of kind sft before this one.)"""
+
+    denominator: Denominator = "tokens"
+    """How the loss is averaged."""
+
+    constant_length: int | None = None
+    """Tokens per sequence for the constant denominator. null: data.max_demonstration_tokens."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus over the demonstrations' tokens, subtracted from the loss."""
+
+    def __post_init__(self):
+        _require_positive(self, "constant_length")
+        _require_clips(self, "clip")
+        require(
+            self.refresh_every is None or self.refresh_every >= 1,
+            f"objective.refresh_every must be at least 1 (exactly SFT) or null (never), not {self.refresh_every}",
+        )
+        require(self.warmup_steps >= 0, f"objective.warmup_steps must not be negative, got {self.warmup_steps}")
+
+
+@section
 class GrpoConfig:
     kind: Literal["grpo"] = "grpo"
 
@@ -184,7 +218,12 @@ class SrftConfig:
         _require_clips(self, "clip_low", "clip_high")
 
 
-ObjectiveConfig = Annotated[SftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")]
+ObjectiveConfig = Annotated[
+    SftConfig | PsftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")
+]
+
+DEMONSTRATIONS_ONLY = ("sft", "psft")
+"""Kinds of objectives that need no completions, and hence no rewards."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(clip_low=0.2, clip_high=0.2, denominator="sequence_mean"),
@@ -205,6 +244,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 ADVANTAGES: dict[str, dict[str, bool]] = {
     "sft": dict(normalize_std=True, include_demonstration=False),
+    "psft": dict(normalize_std=True, include_demonstration=False),
     "grpo": dict(normalize_std=True, include_demonstration=False),
     "dapo": dict(normalize_std=True, include_demonstration=False),
     "dr_grpo": dict(normalize_std=False, include_demonstration=False),

@@ -12,11 +12,13 @@ import yaml
 from megatron_srft.config.base import ConfigError, require, section
 from megatron_srft.config.methods import (
     ADVANTAGES,
+    DEMONSTRATIONS_ONLY,
     PRESETS,
     AdvantageConfig,
     GrpoConfig,
     LuffyConfig,
     ObjectiveConfig,
+    PsftConfig,
     SftConfig,
     SrftConfig,
 )
@@ -89,7 +91,7 @@ class RunConfig:
         require(self.steps >= 0, "steps must not be negative")
         require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {self.seed}")
         require(
-            self.objective.kind == "sft" or any(reward.kind in VERIFIERS for reward in self.rewards),
+            not self.samples_rollouts or any(reward.kind in VERIFIERS for reward in self.rewards),
             "rewards has no verifier, so no answer could be right; add an item of kind math or exact",
         )
         require(
@@ -97,14 +99,34 @@ class RunConfig:
             "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
         )
         require(
-            self.objective.kind == "sft" or self.rollout.temperature > 0,
+            not self.samples_rollouts or self.rollout.temperature > 0,
             "rollout.temperature must be above 0 for training (0 is greedy and has no log-probs to learn from)",
+        )
+        if self.objective.kind == "psft" and not self.stages:
+            self._check_psft(self.objective)
+
+    def _check_psft(self, objective: PsftConfig) -> None:
+        updates = self.batch.updates_per_step
+        require(
+            updates == 1,
+            f"batch.updates_per_step is {updates}, and objective psft needs 1: objective.refresh_every says how many "
+            f"updates share an old policy; divide batch.prompts_per_step by {updates} for updates of the same size",
+        )
+        require(
+            objective.warmup_steps <= self.steps,
+            f"objective.warmup_steps is {objective.warmup_steps}, and the stage has only {self.steps} steps; lower it, "
+            "or raise steps",
         )
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_dir) / self.name
+
+    @property
+    def samples_rollouts(self) -> bool:
+        """Whether a step samples completions and scores them."""
+        return self.objective.kind not in DEMONSTRATIONS_ONLY
 
     @property
     def uses_demonstrations(self) -> bool:
@@ -119,7 +141,7 @@ class RunConfig:
         demonstration_tokens = self.data.max_demonstration_tokens or self.rollout.max_response_tokens
         if objective.constant_length is None:
             filled["constant_length"] = (
-                demonstration_tokens if objective.kind == "sft" else self.rollout.max_response_tokens
+                self.rollout.max_response_tokens if self.samples_rollouts else demonstration_tokens
             )
         published = ADVANTAGES[getattr(objective, "preset", objective.kind)]
         advantage = {k: v for k, v in published.items() if getattr(self.advantage, k) is None}
@@ -296,7 +318,7 @@ def _visible(location: list[str]) -> list[str]:
     return [part for part in location if part not in KINDS]
 
 
-KINDS = {"local", "replay", "math", "exact", "format", "sft", "grpo", "luffy", "srft"}
+KINDS = {"local", "replay", "math", "exact", "format", "sft", "psft", "grpo", "luffy", "srft"}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""
 
 
@@ -307,8 +329,8 @@ def _names_at(location: list[str]) -> list[str]:
     }
     tagged = {
         "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, "math": MathRewardConfig,
-        "exact": ExactRewardConfig, "format": FormatRewardConfig, "sft": SftConfig, "grpo": GrpoConfig,
-        "luffy": LuffyConfig, "srft": SrftConfig,
+        "exact": ExactRewardConfig, "format": FormatRewardConfig, "sft": SftConfig, "psft": PsftConfig,
+        "grpo": GrpoConfig, "luffy": LuffyConfig, "srft": SrftConfig,
     }  # fmt: skip
     cls = RunConfig
     for part in location:

@@ -8,7 +8,8 @@ from megatron_srft.sample import Prompt
 
 
 def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
-    """The prompts that a stage draws from: for SFT those with a demonstration, else all; these need an answer.
+    """The prompts that a stage draws from: those with a demonstration if it learns from nothing else; otherwise all,
+    and these need an answer.
 
     Raises:
         ConfigError: they are too few for one step, lack an answer, or hold no demonstration for an objective that is
@@ -24,7 +25,7 @@ def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
             else "name their field with data.demonstration_key, or choose objective.kind grpo"
         )
         raise ConfigError(f"objective {kind} learns from demonstrations, and data.train holds none; {remedy}")
-    if kind == "sft":
+    if not config.samples_rollouts:
         prompts = demonstrated
     else:
         missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)

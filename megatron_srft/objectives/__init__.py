@@ -3,9 +3,10 @@
 Equations, config keys, published constants and the points where papers and code disagree: docs/objectives.md.
 """
 
-from megatron_srft.config import GrpoConfig, LuffyConfig, ObjectiveConfig, SftConfig, SrftConfig
+from megatron_srft.config import GrpoConfig, LuffyConfig, ObjectiveConfig, PsftConfig, SftConfig, SrftConfig
 from megatron_srft.objectives.grpo import grpo
 from megatron_srft.objectives.luffy import luffy
+from megatron_srft.objectives.psft import psft
 from megatron_srft.objectives.sft import sft
 from megatron_srft.objectives.srft import srft
 from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput, gather_inputs, with_importance_weights
@@ -25,6 +26,8 @@ def compute(inputs: ObjectiveInputs, counts: Counts, config: ObjectiveConfig) ->
     match config:
         case SftConfig():
             return sft(inputs, counts, config)
+        case PsftConfig():
+            return psft(inputs, counts, config)
         case GrpoConfig():
             return grpo(inputs, counts, config)
         case LuffyConfig():

@@ -3,7 +3,7 @@
 kl/k1 and kl/k3 estimate KL(policy before the step || policy) by -log r and r - 1 - log r, with r the importance ratio.
 mismatch/* compares the policy before the step with the rollout engine: mean |difference| of the log-probs in nats, k3,
 and the share of tokens whose importance weight was truncated or masked. clip_fraction/* is the share of tokens whose
-gradient the clip removed.
+gradient the clip removed. Names with `demonstrations` are of demonstration tokens, of which only PSFT has ratios.
 """
 
 from torch import Tensor
@@ -25,6 +25,13 @@ ROLLOUTS = {
 CORRECTION = {"mismatch/corrected_share": "corrected"}
 CLIPS = {"clip_fraction/low": "clipped_low", "clip_fraction/high": "clipped_high"}
 DEMONSTRATIONS = {"nll/demonstrations": "nll", "entropy/demonstrations": "entropy"}
+DEMONSTRATION_RATIOS = {
+    "ratio/demonstrations": "ratio",
+    "max/ratio_demonstrations": "max_ratio",
+    "kl/demonstrations_k1": "k1",
+    "kl/demonstrations_k3": "k3",
+}
+DEMONSTRATION_CLIPS = {"clip_fraction/demonstrations": "clipped_high"}
 
 
 def rollout_metrics(figures: Figures, counts: Counts, *, clips: bool, corrected: bool) -> dict[str, Tensor]:
@@ -35,8 +42,9 @@ def rollout_metrics(figures: Figures, counts: Counts, *, clips: bool, corrected:
     return {metric: figures.rollouts[name] for metric, name in wanted.items()}
 
 
-def demonstration_metrics(figures: Figures, counts: Counts) -> dict[str, Tensor]:
+def demonstration_metrics(figures: Figures, counts: Counts, *, ratios: bool, clips: bool) -> dict[str, Tensor]:
     """Of the demonstration tokens; nothing if the update has none."""
     if not counts.demonstration_tokens:
         return {}
-    return {metric: figures.demonstrations[name] for metric, name in DEMONSTRATIONS.items()}
+    wanted = DEMONSTRATIONS | (DEMONSTRATION_RATIOS if ratios else {}) | (DEMONSTRATION_CLIPS if clips else {})
+    return {metric: figures.demonstrations[name] for metric, name in wanted.items()}

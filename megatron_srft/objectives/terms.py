@@ -107,6 +107,7 @@ def evaluate(
     of_rollouts: bool = True,
     of_demonstrations: bool = True,
     clips: bool = False,
+    demonstration_ratios: bool = False,
     weights: dict[str, str] | None = None,
 ) -> ObjectiveOutput:
     """This micro-batch's share of the sum of the terms, and the metrics.
@@ -114,7 +115,8 @@ def evaluate(
     Args:
         terms: by the name under which its part of the loss is reported (when there are several).
         of_rollouts, of_demonstrations: report figures of these tokens.
-        clips: report how many rollout tokens were clipped.
+        clips: report how many tokens were clipped, of the population that has ratios.
+        demonstration_ratios: that population are the demonstrations; report their ratios.
         weights: report these weights; name of the metric -> name of the term.
     """
     entropy_counts = any(term.loss == "entropy" and term.scale != 0 for term in terms.values())
@@ -142,7 +144,8 @@ def evaluate(
     if of_rollouts:
         metrics |= rollout_metrics(figures, counts, clips=clips, corrected=inputs.importance_weights is not None)
     if of_demonstrations:
-        metrics |= demonstration_metrics(figures, counts)
+        ratios = demonstration_ratios
+        metrics |= demonstration_metrics(figures, counts, ratios=ratios, clips=ratios and clips)
     return ObjectiveOutput(loss=loss, metrics=metrics)
 
 

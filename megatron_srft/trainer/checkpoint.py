@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -42,6 +43,9 @@ SHAPE = (
 )  # fmt: skip
 """Fields of Architecture that decide which tensors a model has."""
 
+ARRAYS = "arrays.npz"
+"""Numbers beside the sharded state, whole and independent of the layout; only where there are any."""
+
 # ---------------------------------------------------------------- saving
 
 
@@ -52,8 +56,12 @@ def save(
     progress: Progress,
     groups: ProcessGroups,
     keep: int,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` (collective) and delete all but the newest `keep` checkpoints.
+
+    Args:
+        arrays: further numbers, the same on every rank, for `read_arrays`.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
@@ -67,10 +75,11 @@ def save(
         "optimizer": kind(optimizer),
         "model": _shape(chunks),
     }
-    needed = _bytes_needed(chunks, optimizer) * size(groups.model)
+    arrays = arrays or {}
+    needed = _bytes_needed(chunks, optimizer) * size(groups.model) + sum(array.nbytes for array in arrays.values())
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
-        or _write(partial, sharded_state(chunks, optimizer, groups, loading=False), groups)
+        or _write(partial, sharded_state(chunks, optimizer, groups, loading=False), arrays, groups)
         or publish.complete(partial, final, progress, layout, groups)
     )
     if problem is not None:
@@ -90,7 +99,7 @@ def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -
     return sum(p.numel() * (p.element_size() + optimizer_bytes) for p in parameters)
 
 
-def _write(partial: Path, state: dict[str, Any], groups: ProcessGroups) -> str | None:
+def _write(partial: Path, state: dict[str, Any], arrays: dict[str, np.ndarray], groups: ProcessGroups) -> str | None:
     """Write all files but the manifest; the first problem of any rank, on every rank.
 
     The steps of dist_checkpointing.save one by one, since there the first rank writes common.pt by itself, and when
@@ -102,6 +111,8 @@ def _write(partial: Path, state: dict[str, Any], groups: ProcessGroups) -> str |
     def write_common() -> None:
         torch.save(common, partial / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        if arrays:
+            np.savez(partial / ARRAYS, **arrays)
 
     return attempt(write_common, groups, main_only=True) or attempt(lambda: strategy.save(sharded, partial), groups)
 
@@ -147,6 +158,14 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
         if optimizer is not None:
             load_optimizer(optimizer, state["optimizer"])
     return read_progress(path)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The `arrays` that were saved; the checkpoint must have passed `manifest.verify`."""
+    if not (path / ARRAYS).is_file():
+        return {}
+    with np.load(path / ARRAYS) as arrays:
+        return dict(arrays)
 
 
 def _shape(chunks: list[GPTModel]) -> dict[str, int]:

@@ -25,14 +25,15 @@ def settings(kind: str, prompts_per_step: int = 1):
     return from_dict({"objective": {"kind": kind}, "batch": {"prompts_per_step": prompts_per_step}})
 
 
-def test_sft_draws_from_demonstrated_prompts_and_needs_no_answer():
+@pytest.mark.parametrize("kind", ["sft", "psft"])
+def test_sft_draws_from_demonstrated_prompts_and_needs_no_answer(kind):
     data = dataset(make_prompt(0), make_prompt(1, answer=None, demonstrated=True))
-    assert [p.id for p in usable_prompts(data, settings("sft"))] == ["p1"]
+    assert [p.id for p in usable_prompts(data, settings(kind))] == ["p1"]
     with pytest.raises(ConfigError, match="prompts_per_step is 2, but data.train has only 1 prompts to draw from"):
-        usable_prompts(data, settings("sft", 2))
+        usable_prompts(data, settings(kind, 2))
 
 
-@pytest.mark.parametrize("kind", ["sft", "srft", "luffy"])
+@pytest.mark.parametrize("kind", ["sft", "psft", "srft", "luffy"])
 def test_an_objective_that_learns_from_demonstrations_wants_some(kind):
     data = dataset(make_prompt(0))
     with pytest.raises(ConfigError, match=f"objective {kind} learns from demonstrations, and data.train holds none"):
