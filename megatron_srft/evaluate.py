@@ -201,7 +201,7 @@ def evaluate_folder(
     tokenizer = load_tokenizer(model)
     datasets = load_held_out(config, tokenizer)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    with Scorer(config.rewards) as scorer:
+    with Scorer(config.resolved().rewards) as scorer:
         scorer.self_test()
         engine = load_local_engine(model, tokenizer, device, config.rollout.max_concurrent_sequences)
         if weights is not None:

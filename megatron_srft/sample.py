@@ -101,7 +101,10 @@ class Score:
     """Weighted sum of the streams."""
 
     streams: dict[str, float] = field(default_factory=dict)
-    """Each reward before its weight, by name."""
+    """Each reward before its weight, by name; the sum over the tokens of a dense one."""
+
+    dense: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The streams that reward every token: [response] values each, before the weight."""
 
     correct: bool | None = None
     """The verifier's verdict; None when there is no verifier or it failed."""

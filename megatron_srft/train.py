@@ -23,7 +23,7 @@ def train(run: Session) -> None:
             prompts = run.next_prompts()
             groups = run.roll_out(prompts)
             groups = run.score(groups)
-            sequences = to_sequences(groups, run.config.advantage)
+            sequences = to_sequences(groups, run.config.advantage, run.config.rewards)
             measured = run.check_parity(sequences)
             sequences = run.add_old_policy(sequences, stage_step)
             metrics = run.update(sequences, stage_step, measured)

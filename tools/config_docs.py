@@ -15,7 +15,10 @@ SECTIONS = {
     "data": ["DataConfig"],
     "batch": ["BatchConfig"],
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],
-    "rewards": ["MathRewardConfig", "ExactRewardConfig", "FormatRewardConfig"],
+    "rewards": [
+        "MathRewardConfig", "ExactRewardConfig", "FormatRewardConfig", "CosineRewardConfig", "LengthRewardConfig",
+        "OverlongRewardConfig", "RepetitionRewardConfig",
+    ],
     "advantage": ["AdvantageConfig"],
     "objective": ["SftConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
     "optimizer": ["OptimizerConfig"],
@@ -24,7 +27,7 @@ SECTIONS = {
     "logging": ["LoggingConfig"],
     "parity": ["ParityConfig"],
     "accounting": ["AccountingConfig"],
-}
+}  # fmt: skip
 """Key of each section -> its classes; several classes are alternatives told apart by `kind`."""
 
 HEADER = """\

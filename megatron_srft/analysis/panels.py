@@ -28,6 +28,18 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
         ),
         PanelPlan(title="Reward", unit="reward", keys=("reward/",), note="Mean over the step's rollouts."),
         PanelPlan(
+            title="Reward of right and of wrong answers",
+            unit="reward",
+            keys=("reward_correct/", "reward_wrong/"),
+            note="Mean of each stream over the rollouts the verifier called right, and over the others.",
+        ),
+        PanelPlan(
+            title="Spread of rewards",
+            unit="standard deviation",
+            keys=("reward_std/",),
+            note="Of each stream over the step's rollouts.",
+        ),
+        PanelPlan(
             title="Held-out accuracy",
             unit="share correct",
             keys=("eval/",),

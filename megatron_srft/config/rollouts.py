@@ -1,11 +1,10 @@
-"""Where completions come from and what they earn: sampling, rollout engines, rewards."""
+"""Where completions come from: sampling and rollout engines."""
 
-import re
 from typing import Annotated, Literal
 
 import pydantic
 
-from megatron_srft.config.base import ConfigError, require, require_at_least, section
+from megatron_srft.config.base import require, require_at_least, section
 
 
 @section
@@ -64,74 +63,4 @@ class ReplayRolloutConfig(SamplingConfig):
         require_at_least(0, self, "rollout", "dump_every")
 
 
-@section
-class VerifierConfig:
-    weight: float = 1.0
-    """Multiplies the reward in the total."""
-
-    correct: float = 1.0
-    """Reward of a right answer."""
-
-    wrong: float = 0.0
-    """Reward of a wrong, missing or unverifiable answer (the last two are counted apart)."""
-
-
-@section
-class MathRewardConfig(VerifierConfig):
-    kind: Literal["math"] = "math"
-
-    answer_after: str = ""
-    """Only look behind the last occurrence of this text, e.g. '</think>'; without it the answer counts as missing."""
-
-    timeout_seconds: float = 5.0
-    """Deadline of one verification; the worker process is killed when it passes."""
-
-    workers: int = 1
-    """Verifier processes per rank."""
-
-    def __post_init__(self):
-        require(self.timeout_seconds > 0, "rewards: timeout_seconds of a math reward must be positive")
-        require(self.workers >= 1, "rewards: workers of a math reward must be at least 1")
-
-
-@section
-class ExactRewardConfig(VerifierConfig):
-    kind: Literal["exact"] = "exact"
-
-    answer_after: str = ""
-    """Compare what follows the last occurrence of this text, e.g. '#'; empty compares the whole response."""
-
-    ignore_case: bool = False
-    """Compare without regard to case."""
-
-
-@section
-class FormatRewardConfig:
-    kind: Literal["format"] = "format"
-
-    weight: float = 1.0
-    """Multiplies the reward in the total."""
-
-    pattern: str = r"(?s).*</think>.+"
-    """Regular expression that the whole response must match."""
-
-    matched: float = 0.0
-    """Reward of a response that matches."""
-
-    unmatched: float = 0.0
-    """Reward of a response that does not match."""
-
-    gate: bool = True
-    """A response that does not match is not correct: every verifier's reward becomes its `wrong` value."""
-
-    def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"rewards: pattern {self.pattern!r} is not a regular expression: {error}") from None
-
-
-RewardConfig = Annotated[
-    MathRewardConfig | ExactRewardConfig | FormatRewardConfig, pydantic.Field(discriminator="kind")
-]
 RolloutConfig = Annotated[LocalRolloutConfig | ReplayRolloutConfig, pydantic.Field(discriminator="kind")]

@@ -22,15 +22,8 @@ from megatron_srft.config.methods import (
     SftConfig,
     SrftConfig,
 )
-from megatron_srft.config.rollouts import (
-    ExactRewardConfig,
-    FormatRewardConfig,
-    LocalRolloutConfig,
-    MathRewardConfig,
-    ReplayRolloutConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from megatron_srft.config.rewards import REWARDS, VERIFIERS, MathRewardConfig, RewardConfig, with_limit
+from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig
 from megatron_srft.config.setup import (
     BatchConfig,
     DataConfig,
@@ -95,6 +88,10 @@ class RunConfig:
             "rewards has no verifier, so no answer could be right; add an item of kind math or exact",
         )
         require(
+            all(reward.kind != "cosine" for reward in self.rewards) or any(r.kind in VERIFIERS for r in self.rewards),
+            "rewards: a cosine reward asks a verifier whether the answer is right; add an item of kind math or exact",
+        )
+        require(
             self.rollout.kind != "replay" or not self.evaluation.files,
             "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
         )
@@ -150,6 +147,7 @@ class RunConfig:
             objective=dataclasses.replace(objective, **filled),
             advantage=dataclasses.replace(self.advantage, **advantage),
             data=dataclasses.replace(self.data, max_demonstration_tokens=demonstration_tokens),
+            rewards=tuple(with_limit(reward, self.rollout.max_response_tokens) for reward in self.rewards),
         )
 
     def stage_configs(self) -> list[tuple[str, "RunConfig"]]:
@@ -172,9 +170,6 @@ class RunConfig:
             out.append((name, from_dict(merge(base, overrides), f"stages.{number}.").resolved()))
         return out
 
-
-VERIFIERS = ("math", "exact")
-"""Kinds of rewards that judge an answer."""
 
 FIXED_OVER_STAGES = {"name", "run_dir", "seed", "stages", "model", "parallel", "megatron", "logging", "checkpoint"}
 
@@ -318,7 +313,7 @@ def _visible(location: list[str]) -> list[str]:
     return [part for part in location if part not in KINDS]
 
 
-KINDS = {"local", "replay", "math", "exact", "format", "sft", "psft", "grpo", "luffy", "srft"}
+KINDS = {"local", "replay", *REWARDS, "sft", "psft", "grpo", "luffy", "srft"}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""
 
 
@@ -328,8 +323,7 @@ def _names_at(location: list[str]) -> list[str]:
         f.name: f.default_factory for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)
     }
     tagged = {
-        "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, "math": MathRewardConfig,
-        "exact": ExactRewardConfig, "format": FormatRewardConfig, "sft": SftConfig, "psft": PsftConfig,
+        "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, "sft": SftConfig, "psft": PsftConfig,
         "grpo": GrpoConfig, "luffy": LuffyConfig, "srft": SrftConfig,
     }  # fmt: skip
     cls = RunConfig

@@ -1,20 +1,34 @@
 """Rewards put together: every configured stream on every answer, their weighted sum, the verdict, and the counts.
 
-    reward  = sum over streams of weight * value
+    reward  = sum over streams of weight * value          (of a dense stream: the sum of its values)
     correct = verdict of the first verifier (math or exact) and every format gate
+
+A stream is a verifier, a format, or shapes the response by its tokens and its verdict (shaping.py).
 
 Completions and demonstrations go through the same verifier; a demonstration is not taken to be right. All of it is
 local to this process: in a distributed run each rank scores its own share.
 """
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_srft.config import ExactRewardConfig, FormatRewardConfig, MathRewardConfig, RewardConfig
+from megatron_srft.config import (
+    VERIFIERS,
+    CosineRewardConfig,
+    ExactRewardConfig,
+    FormatRewardConfig,
+    MathRewardConfig,
+    RewardConfig,
+    name_streams,
+)
 from megatron_srft.rewards import exact, format
 from megatron_srft.rewards.answers import Verdict
 from megatron_srft.rewards.math import MathVerifier
+from megatron_srft.rewards.responses import Response
+from megatron_srft.rewards.shaping import ShapingConfig, shaped
 from megatron_srft.rewards.workers import VerifierError
 from megatron_srft.sample import Group, Score
 
@@ -28,7 +42,7 @@ SELF_TEST = (
 )  # fmt: skip
 """(answer, reference, right): from plain text to what only sympy can tell."""
 
-Streams = dict[str, RewardConfig]
+log = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -42,6 +56,8 @@ class Scorer:
 
     def __init__(self, configs: tuple[RewardConfig, ...]):
         self.streams = name_streams(configs)
+        unresolved = [name for name, config in self.streams.items() if getattr(config, "max_tokens", 0) is None]
+        assert not unresolved, f"rewards.{unresolved} have no limit; use a resolved config"
         self._verifiers = {
             name: MathVerifier(config) for name, config in self.streams.items() if isinstance(config, MathRewardConfig)
         }
@@ -66,15 +82,8 @@ class Scorer:
         What is scored is the prompt's response_prefix + the text, because a format may begin in the prompt. A
         completion cut at the length limit is right only when it states its answer before the cut.
         """
-        texts, references, truncated = [], [], []
-        for group in groups:
-            members = [(c.text, c.finish_reason == "length") for c in group.completions]
-            if has_scored_demonstration(group):
-                members.append((group.demonstration.text, False))
-            texts += [group.prompt.response_prefix + text for text, _ in members]
-            references += [group.prompt.answer] * len(members)
-            truncated += [cut for _, cut in members]
-        scores = iter(self.verify(texts, references, truncated))
+        responses = [response for group in groups for response in _responses(group)]
+        scores = iter(self._counted(responses))
         return [
             replace(
                 group,
@@ -85,14 +94,30 @@ class Scorer:
         ]
 
     def verify(
-        self, texts: Sequence[str], answers: Sequence[str | None], truncated: Sequence[bool] | None = None
+        self,
+        texts: Sequence[str],
+        answers: Sequence[str | None],
+        truncated: Sequence[bool] | None = None,
+        token_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Score]:
         """Score whole responses against reference answers, in order.
 
         texts: responses with their response_prefix, never the prompt. answers: references; None is unverifiable.
-        truncated: responses cut at a length limit (default none).
+        truncated: responses cut at a length limit (default none). token_ids: the responses' tokens.
+
+        Raises ValueError when a reward counts tokens and there are none.
         """
-        scores = self._scores(texts, answers, [False] * len(texts) if truncated is None else truncated)
+        cut = [False] * len(texts) if truncated is None else truncated
+        tokens = [None] * len(texts) if token_ids is None else [tuple(ids) for ids in token_ids]
+        return self._counted(
+            [
+                Response(prompt="", text=text, token_ids=ids, answer=answer, truncated=at_limit)
+                for text, answer, at_limit, ids in zip(texts, answers, cut, tokens, strict=True)
+            ]
+        )
+
+    def _counted(self, responses: list[Response]) -> list[Score]:
+        scores = self._scores(responses)
         for score in scores:
             self._counts[f"status/{score.status}"] += 1
             self._counts["correct"] += score.correct is True
@@ -117,13 +142,19 @@ class Scorer:
         Raises VerifierError, with what went wrong, when a verdict is not the known one.
         """
         for name, config in self.streams.items():
-            if isinstance(config, FormatRewardConfig):
+            if isinstance(config, CosineRewardConfig) and config.correct_at_zero < config.correct_at_limit:
+                log.warning("rewards.%s: right answers earn more the longer they are, so lengths may explode", name)
+            if config.kind not in VERIFIERS:
                 continue
             marker = f"{config.answer_after} " if config.answer_after else ""
             wrap = "The final answer is $\\boxed{{{}}}$." if config.kind == "math" else "{}"
             pairs = SELF_TEST if config.kind == "math" else [p for p in SELF_TEST if p[0] == p[1] or not p[2]]
             texts = [marker + wrap.format(answer) for answer, _, _ in pairs]
-            verdicts = self._judge(name, texts, [reference for _, reference, _ in pairs], [False] * len(pairs))
+            responses = [
+                Response(prompt="", text=text, token_ids=None, answer=reference, truncated=False)
+                for text, (_, reference, _) in zip(texts, pairs, strict=True)
+            ]
+            verdicts = self._judge(name, responses)
             failures = [
                 f"{answer} against {reference}: {verdict.status}, correct={verdict.correct}"
                 for (answer, reference, right), verdict in zip(pairs, verdicts, strict=True)
@@ -134,7 +165,8 @@ class Scorer:
 
     # ------------------------------------------------------------ one batch
 
-    def _scores(self, texts: Sequence[str], answers: Sequence[str | None], truncated: Sequence[bool]) -> list[Score]:
+    def _scores(self, responses: list[Response]) -> list[Score]:
+        texts = [response.text for response in responses]
         matched = {
             name: format.matches(texts, config)
             for name, config in self.streams.items()
@@ -142,50 +174,71 @@ class Scorer:
         }
         gates = [found for name, found in matched.items() if self.streams[name].gate]
         passed = [all(gate[i] for gate in gates) for i in range(len(texts))]
-        verdicts = {name: self._judge(name, texts, answers, truncated) for name in self.streams if name not in matched}
+        verdicts = {name: self._judge(name, responses) for name, c in self.streams.items() if c.kind in VERIFIERS}
         return [
             self._score(
+                response,
                 {name: column[i] for name, column in matched.items()},
                 {name: column[i] for name, column in verdicts.items()},
                 passed[i],
             )
-            for i in range(len(texts))
+            for i, response in enumerate(responses)
         ]
 
-    def _score(self, matched: dict[str, bool], verdicts: dict[str, Verdict], passed: bool) -> Score:
-        values = {}
-        for name, config in self.streams.items():
-            if isinstance(config, FormatRewardConfig):
-                values[name] = config.matched if matched[name] else config.unmatched
-            else:
-                values[name] = config.correct if passed and verdicts[name].correct else config.wrong
+    def _score(self, response: Response, matched: dict[str, bool], verdicts: dict[str, Verdict], passed: bool) -> Score:
         verdict = next(iter(verdicts.values()), Verdict(correct=None, status="verified"))
         gated = verdict.correct is True and not passed
         self._counts["gated"] += gated
+        values: dict[str, float | tuple[float, ...]] = {}
+        for name, config in self.streams.items():
+            if name in matched:
+                values[name] = config.matched if matched[name] else config.unmatched
+            elif name in verdicts:
+                values[name] = config.correct if passed and verdicts[name].correct else config.wrong
+            else:
+                values[name] = self._shaped(name, config, response, passed and verdict.correct is True)
+        dense = {name: value for name, value in values.items() if isinstance(value, tuple)}
+        totals = {name: math.fsum(value) if name in dense else value for name, value in values.items()}
         return Score(
-            reward=sum(self.streams[name].weight * value for name, value in values.items()),
-            streams=values,
+            reward=sum(self.streams[name].weight * value for name, value in totals.items()),
+            streams=totals,
+            dense=dense,
             correct=False if gated else verdict.correct,
             status=verdict.status,
             answer=verdict.answer,
         )
 
-    def _judge(
-        self, name: str, texts: Sequence[str], answers: Sequence[str | None], truncated: Sequence[bool]
-    ) -> list[Verdict]:
+    def _shaped(self, name: str, config: ShapingConfig, response: Response, correct: bool) -> float | tuple[float, ...]:
+        if response.token_ids is None:
+            raise ValueError(f"rewards.{name} counts tokens, and this response has only a text; pass its token_ids")
+        return shaped(response, correct, config)
+
+    def _judge(self, name: str, responses: list[Response]) -> list[Verdict]:
         config = self.streams[name]
         if isinstance(config, ExactRewardConfig):
-            return [exact.judge(text, answer, config) for text, answer in zip(texts, answers, strict=True)]
-        return self._verifiers[name].judge(texts, answers, truncated)
+            return [exact.judge(response.text, response.answer, config) for response in responses]
+        return self._verifiers[name].judge(
+            [response.text for response in responses],
+            [response.answer for response in responses],
+            [response.truncated for response in responses],
+        )
 
 
-def name_streams(configs: Sequence[RewardConfig]) -> Streams:
-    """A name per reward: its kind, with _2, _3, ... from the second of a kind on."""
-    streams: Streams = {}
-    for config in configs:
-        seen = sum(other.kind == config.kind for other in streams.values())
-        streams[config.kind if seen == 0 else f"{config.kind}_{seen + 1}"] = config
-    return streams
+def _responses(group: Group) -> list[Response]:
+    """A group's completions and then its demonstration, where that is scored."""
+    members = [(c.text, c.token_ids, c.finish_reason == "length") for c in group.completions]
+    if has_scored_demonstration(group):
+        members.append((group.demonstration.text, group.demonstration.token_ids, False))
+    return [
+        Response(
+            prompt=group.prompt.text,
+            text=group.prompt.response_prefix + text,
+            token_ids=tuple(token_ids.tolist()),
+            answer=group.prompt.answer,
+            truncated=truncated,
+        )
+        for text, token_ids, truncated in members
+    ]
 
 
 def has_scored_demonstration(group: Group) -> bool:

@@ -77,9 +77,13 @@ def _group(tree: dict[str, Any]) -> Group:
         prompt=Prompt(**_with_arrays(tree["prompt"]) | {"demonstrations": demonstrations}),
         completions=tuple(Completion(**_with_arrays(c)) for c in tree["completions"]),
         demonstration=None if demonstration is None else _demonstration(demonstration),
-        scores=None if scores is None else tuple(Score(**s) for s in scores),
-        demonstration_score=None if score_of_demonstration is None else Score(**score_of_demonstration),
+        scores=None if scores is None else tuple(_score(s) for s in scores),
+        demonstration_score=None if score_of_demonstration is None else _score(score_of_demonstration),
     )
+
+
+def _score(tree: dict[str, Any]) -> Score:
+    return Score(**tree | {"dense": {name: tuple(values) for name, values in tree.get("dense", {}).items()}})
 
 
 def _demonstration(tree: dict[str, Any]) -> Demonstration:
