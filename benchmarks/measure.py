@@ -20,10 +20,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import report
 import torch
+
+from megatron_srft.ops.implementations import IMPLEMENTATIONS
 
 Work = Callable[[], object]
 Time = tuple[float, float]
@@ -122,7 +125,8 @@ def main(
     vary: str,
     derive: Callable[[argparse.Namespace, dict, dict], dict] | None = None,
 ) -> None:
-    """Parse the options and measure every side, or be the process that measures one.
+    """Parse the options and measure every side, or be the process that measures one; exits with status 1 if one of
+    ours fails.
 
     Args:
         parser: its description is the benchmark's title; must have `--repeats`.
@@ -143,7 +147,7 @@ def main(
     if args.side:
         _measure_here(run, args, vary)
         return
-    found = report.new(parser.description, device_name(), list(parts))
+    failed, found = False, report.new(parser.description, device_name(), list(parts))
     for values in [args.values] if DEVICE == "cuda" else [[value] for value in args.values]:
         if derive is not None and not found["ceilings"]:
             found["ceilings"] = next(_measured(CEILINGS, args, vary, values[:1]))
@@ -158,6 +162,8 @@ def main(
                 setting["sides"][side] = own
                 report.print_line(found, setting, side)
                 report.write(found, args.json)
+                failed |= side.split()[0] in IMPLEMENTATIONS and reason is None and "failed" in own
+    sys.exit(int(failed))
 
 
 def _measure_here(run: Callable, args: argparse.Namespace, vary: str) -> None:
@@ -172,6 +178,7 @@ def _measure_here(run: Callable, args: argparse.Namespace, vary: str) -> None:
         except Exception as error:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        found = {name: str(own) if own in (inf, -inf) or own != own else own for name, own in found.items()}  # for JSON
         print(json.dumps({vary: value} | found), flush=True)
 
 
