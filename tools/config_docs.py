@@ -17,7 +17,7 @@ SECTIONS = {
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],
     "rewards": [
         "MathRewardConfig", "ExactRewardConfig", "FormatRewardConfig", "CosineRewardConfig", "LengthRewardConfig",
-        "OverlongRewardConfig", "RepetitionRewardConfig",
+        "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
     ],
     "advantage": ["AdvantageConfig"],
     "objective": ["SftConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],

@@ -197,6 +197,30 @@ class RepetitionRewardConfig(StreamConfig):
         require(self.penalty <= 0, f"rewards: penalty of a repetition reward must not be above 0, got {self.penalty}")
 
 
+@section
+class FunctionRewardConfig(StreamConfig):
+    kind: Literal["function"] = "function"
+
+    call: str = ""
+    """The function, as module:function; docs/rewards.md has its signature."""
+
+    dense: bool = False
+    """The function returns a number for each token of the response instead of one for all."""
+
+    failure: float | None = None
+    """Reward of a response on which the function fails, which is counted. null: a failure ends the run."""
+
+    def __post_init__(self):
+        StreamConfig.__post_init__(self)
+        module, colon, function = self.call.partition(":")
+        require(
+            bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split(".")),
+            f"rewards: call of a function reward must look like package.module:function, not {self.call!r}",
+        )
+        if self.failure is not None:
+            _require_finite(self, "failure")
+
+
 def _require_limit(reward: Any) -> None:
     require(
         reward.max_tokens is None or reward.max_tokens >= 1,
@@ -211,7 +235,8 @@ RewardConfig = Annotated[
     | CosineRewardConfig
     | LengthRewardConfig
     | OverlongRewardConfig
-    | RepetitionRewardConfig,
+    | RepetitionRewardConfig
+    | FunctionRewardConfig,
     pydantic.Field(discriminator="kind"),
 ]
 
@@ -225,6 +250,7 @@ REWARDS: dict[str, type[StreamConfig]] = {
         LengthRewardConfig,
         OverlongRewardConfig,
         RepetitionRewardConfig,
+        FunctionRewardConfig,
     )
 }
 """Every class of reward by its kind."""

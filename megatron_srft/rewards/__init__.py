@@ -3,7 +3,11 @@
     answers      finds the final answer in a response and compares it as text        (stdlib only)
     symbolic     compares two answers as mathematics, with math-verify and sympy      (worker processes only)
     worker       the program of one worker process; workers keeps a pool of them under a deadline
-    math, exact, format    the three kinds of reward
+    math, exact            rewards of the answer, with a verdict
+    format                 reward of the form, and a gate
+    lengths, repetition    the formulas of the rewards that shape a response; shaping applies them
+    functions              users' own rewards
+    responses              what a reward sees of an answer
     scorer       `Scorer`: one or more rewards, applied to groups
     statistics   avg@k, pass@k, majority@k
 

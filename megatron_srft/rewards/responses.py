@@ -21,3 +21,6 @@ class Response:
 
     truncated: bool
     """Cut at the engine's limit."""
+
+    correct: bool | None = None
+    """The verdict on it, for rewards that come after the verifier; None where there is none."""

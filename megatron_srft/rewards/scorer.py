@@ -3,7 +3,8 @@
     reward  = sum over streams of weight * value          (of a dense stream: the sum of its values)
     correct = verdict of the first verifier (math or exact) and every format gate
 
-A stream is a verifier, a format, or shapes the response by its tokens and its verdict (shaping.py).
+A stream is a verifier, a format, or shapes the response by its tokens and its verdict (shaping.py, and users'
+functions).
 
 Completions and demonstrations go through the same verifier; a demonstration is not taken to be right. All of it is
 local to this process: in a distributed run each rank scores its own share.
@@ -20,12 +21,14 @@ from megatron_srft.config import (
     CosineRewardConfig,
     ExactRewardConfig,
     FormatRewardConfig,
+    FunctionRewardConfig,
     MathRewardConfig,
     RewardConfig,
     name_streams,
 )
 from megatron_srft.rewards import exact, format
 from megatron_srft.rewards.answers import Verdict
+from megatron_srft.rewards.functions import RewardFunction
 from megatron_srft.rewards.math import MathVerifier
 from megatron_srft.rewards.responses import Response
 from megatron_srft.rewards.shaping import ShapingConfig, shaped
@@ -60,6 +63,11 @@ class Scorer:
         assert not unresolved, f"rewards.{unresolved} have no limit; use a resolved config"
         self._verifiers = {
             name: MathVerifier(config) for name, config in self.streams.items() if isinstance(config, MathRewardConfig)
+        }
+        self._functions = {
+            name: RewardFunction(name, config)
+            for name, config in self.streams.items()
+            if isinstance(config, FunctionRewardConfig)
         }
         self._counts: Counter[str] = Counter()
 
@@ -128,22 +136,27 @@ class Scorer:
         """Totals since construction, the self-test left out; failures of the verifier apart from wrong answers.
 
         scored = correct + wrong + no_answer + unverifiable + timeout + crash, as long as there is a verifier. gated of
-        the wrong ones have a right answer and a wrong format. worker_restarts counts processes replaced.
+        the wrong ones have a right answer and a wrong format. worker_restarts counts processes replaced,
+        <stream>/failed the answers on which a user's function failed.
         """
         counts = {"scored": sum(self._counts[f"status/{status}"] for status in STATUSES)}
         counts |= {name: self._counts[name] for name in ("correct", "wrong", "gated")}
         counts |= {status: self._counts[f"status/{status}"] for status in STATUSES[1:]}
+        counts |= {f"{name}/failed": function.failed for name, function in self._functions.items()}
         counts["worker_restarts"] = sum(verifier.pool.restarts for verifier in self._verifiers.values())
         return counts
 
     def self_test(self) -> None:
         """Verify known right and wrong answers through the very processes that training will use.
 
-        Raises VerifierError, with what went wrong, when a verdict is not the known one.
+        Raises VerifierError, with what went wrong, when a verdict is not the known one; ValueError when a user's
+        function fails.
         """
         for name, config in self.streams.items():
             if isinstance(config, CosineRewardConfig) and config.correct_at_zero < config.correct_at_limit:
                 log.warning("rewards.%s: right answers earn more the longer they are, so lengths may explode", name)
+            if isinstance(config, FunctionRewardConfig):
+                self._functions[name].self_test()
             if config.kind not in VERIFIERS:
                 continue
             marker = f"{config.answer_after} " if config.answer_after else ""
@@ -189,6 +202,7 @@ class Scorer:
         verdict = next(iter(verdicts.values()), Verdict(correct=None, status="verified"))
         gated = verdict.correct is True and not passed
         self._counts["gated"] += gated
+        judged = replace(response, correct=False if gated else verdict.correct)
         values: dict[str, float | tuple[float, ...]] = {}
         for name, config in self.streams.items():
             if name in matched:
@@ -196,22 +210,27 @@ class Scorer:
             elif name in verdicts:
                 values[name] = config.correct if passed and verdicts[name].correct else config.wrong
             else:
-                values[name] = self._shaped(name, config, response, passed and verdict.correct is True)
+                values[name] = self._shaped(name, config, judged)
         dense = {name: value for name, value in values.items() if isinstance(value, tuple)}
         totals = {name: math.fsum(value) if name in dense else value for name, value in values.items()}
         return Score(
             reward=sum(self.streams[name].weight * value for name, value in totals.items()),
             streams=totals,
             dense=dense,
-            correct=False if gated else verdict.correct,
+            correct=judged.correct,
             status=verdict.status,
             answer=verdict.answer,
         )
 
-    def _shaped(self, name: str, config: ShapingConfig, response: Response, correct: bool) -> float | tuple[float, ...]:
-        if response.token_ids is None:
+    def _shaped(
+        self, name: str, config: ShapingConfig | FunctionRewardConfig, response: Response
+    ) -> float | tuple[float, ...]:
+        needs_tokens = not isinstance(config, FunctionRewardConfig) or config.dense
+        if needs_tokens and response.token_ids is None:
             raise ValueError(f"rewards.{name} counts tokens, and this response has only a text; pass its token_ids")
-        return shaped(response, correct, config)
+        if isinstance(config, FunctionRewardConfig):
+            return self._functions[name](response)
+        return shaped(response, config)
 
     def _judge(self, name: str, responses: list[Response]) -> list[Verdict]:
         config = self.streams[name]

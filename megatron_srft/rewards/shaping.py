@@ -12,13 +12,13 @@ from megatron_srft.rewards.responses import Response
 ShapingConfig = CosineRewardConfig | LengthRewardConfig | OverlongRewardConfig | RepetitionRewardConfig
 
 
-def shaped(response: Response, correct: bool, config: ShapingConfig) -> float | tuple[float, ...]:
+def shaped(response: Response, config: ShapingConfig) -> float | tuple[float, ...]:
     """A stream's reward before its weight: a number for the response, or one for each of its tokens."""
     assert response.token_ids is not None
     tokens, cut = response.token_ids, response.truncated
     match config:
         case CosineRewardConfig():
-            return lengths.cosine(len(tokens), correct, cut, config)
+            return lengths.cosine(len(tokens), response.correct is True, cut, config)
         case LengthRewardConfig():
             return lengths.linear(len(tokens), cut, config)
         case OverlongRewardConfig():
