@@ -95,9 +95,13 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             title="Clipped tokens",
             unit="share of tokens",
             keys=("clip_fraction/",),
-            note="Rollout tokens whose gradient the lower or the upper clip removed.",
+            note="Tokens whose gradient the lower or the upper clip removed; rollouts, or PSFT's demonstrations.",
         ),
-        PanelPlan(title="Importance ratio", unit="ratio", keys=("ratio/mean", "ratio/max")),
+        PanelPlan(
+            title="Importance ratio",
+            unit="ratio",
+            keys=("ratio/mean", "ratio/max", "ratio/demonstrations", "ratio_demonstrations/max"),
+        ),
         PanelPlan(
             title="Distance from the sampling policy",
             unit="nats per token",

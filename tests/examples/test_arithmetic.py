@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_srft import config as configuration
 from megatron_srft.data import load_dataset, load_problems
+from megatron_srft.metrics import read_metrics
 from megatron_srft.rewards import Scorer
+from megatron_srft.train import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "arithmetic"
@@ -152,3 +155,28 @@ def test_configs_fit_the_data(make_data, pretrain, path, tmp_path):
         assert all(score.correct for score in scores)
         longest = max(len(tokenizer(make_data.worked_solution(p.text)).input_ids) for p in problems) + 1
         assert longest <= config.rollout.max_response_tokens
+
+
+def test_psft_then_grpo_on_a_small_model(make_data, tmp_path):
+    """The file as it is but for its sizes: two refreshes of the old policy, then a stage that samples."""
+    make_data.make(tmp_path, seed=0, train=20, heldout=2, ood=2, demonstration_share=0.5)
+    make_model("qwen2", tmp_path / "model", tied=True, num_hidden_layers=2)
+    overrides = {
+        "run_dir": tmp_path,
+        "model.path": tmp_path / "model",
+        "data.train": f"[{tmp_path}/train.jsonl]",
+        "evaluation.files": "[]",
+        "parallel.tensor": 1,
+        "batch.prompts_per_step": 4,
+        "batch.rollouts_per_prompt": 2,
+        "stages.0.steps": 3,
+        "stages.0.objective.refresh_every": 2,
+        "stages.1.steps": 1,
+    }
+    config = configuration.load(EXAMPLE / "psft_then_grpo.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    run_training(config)
+    lines = read_metrics(config.folder)
+    assert [line["stage"] for line in lines] == ["psft"] * 3 + ["grpo"]
+    assert [line["count/demonstrations"] for line in lines] == [4, 4, 4, 0]
+    assert [line["count/completions"] for line in lines] == [0, 0, 0, 8]
+    assert [line.get("ratio_demonstrations/max", 0) > 1 for line in lines] == [False, True, False, False]
