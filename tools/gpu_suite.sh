@@ -7,6 +7,7 @@
 #   PYTHON=python3          interpreter with torch and pytest; python, or else python3
 #   PEERS=FOLDER            other projects, see benchmarks/README.md
 #   SRFT_CUDA_ARCHS=90      compute capabilities to build for; that of the GPU here
+#   STAGES="build tests sanitizers benchmarks"      what to run, all of it if not given
 #   SUITE_SECONDS=530       stages are cut short so that the whole ends after this time
 #
 # A stage that fails does not keep the later ones from running. Exit status: 0 if all passed, 1 if a stage did not,
@@ -17,6 +18,7 @@ out=${1:+$(realpath -m "$1")}
 peers=${PEERS:+$(realpath -m "$PEERS")}
 cd "$(dirname "$0")/.."
 suite_seconds=${SUITE_SECONDS:-530}
+wanted=${STAGES:-build tests sanitizers benchmarks}
 
 refuse() {
   echo "gpu_suite: $1" >&2
@@ -92,23 +94,30 @@ benchmark() {
 }
 
 echo "$gpu, sm_$arch; results go to $out"
-stage build 180 env SRFT_NATIVE=1 SRFT_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-stage tests-ops 180 "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/ops
-mapfile -t others < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/ops/' || true)
-if [ "${#others[@]}" -gt 0 ]; then
-  stage tests-others 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "${others[@]}"
-else
-  note tests-others "nothing to run" 0 "no other test is marked gpu"
+if [[ $wanted == *build* ]]; then
+  stage build 150 env SRFT_NATIVE=1 SRFT_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 fi
-stage launch 60 "$PYTHON" tools/launch_kernels.py
-sanitizer memcheck
-sanitizer racecheck
-
-size=(--rows 8192 --vocabulary 151936 --dtype bfloat16 --repeats 10 --limit 90 ${peers:+--peers "$peers"})
-benchmark linear 240 token_logprob.py "${size[@]}" --width 896 3584
-benchmark logits 90 token_logprob.py "${size[@]}"
-benchmark clipped-ratio 75 clipped_ratio.py --repeats 100 --limit 30
-benchmark gated-pooling 75 gated_pooling.py --tokens 8192 --repeats 10 --limit 30
+if [[ $wanted == *tests* ]]; then
+  stage launch 60 "$PYTHON" tools/launch_kernels.py
+  stage tests-ops 150 "$PYTHON" -m pytest -p no:cacheprovider -m gpu tests/ops
+  mapfile -t others < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/ops/' || true)
+  if [ "${#others[@]}" -gt 0 ]; then
+    stage tests-others 60 "$PYTHON" -m pytest -p no:cacheprovider -m gpu "${others[@]}"
+  else
+    note tests-others "nothing to run" 0 "no other test is marked gpu"
+  fi
+fi
+if [[ $wanted == *sanitizers* ]]; then
+  sanitizer memcheck
+  sanitizer racecheck
+fi
+if [[ $wanted == *benchmarks* ]]; then
+  size=(--rows 8192 --vocabulary 151936 --dtype bfloat16 --repeats 10 --limit 90 ${peers:+--peers "$peers"})
+  benchmark linear 240 token_logprob.py "${size[@]}" --width 896 3584
+  benchmark logits 90 token_logprob.py "${size[@]}"
+  benchmark clipped-ratio 75 clipped_ratio.py --repeats 100 --limit 40
+  benchmark gated-pooling 75 gated_pooling.py --repeats 10 --limit 60
+fi
 
 "$PYTHON" benchmarks/report.py "$work" "$out"
 echo "done after $SECONDS s; see $out/results.md"
