@@ -16,8 +16,8 @@ SECTIONS = {
     "batch": ["BatchConfig"],
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],
     "rewards": [
-        "MathRewardConfig", "ExactRewardConfig", "FormatRewardConfig", "CosineRewardConfig", "LengthRewardConfig",
-        "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
+        "MathRewardConfig", "ExactRewardConfig", "JudgeRewardConfig", "FormatRewardConfig", "CosineRewardConfig",
+        "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
     ],
     "advantage": ["AdvantageConfig"],
     "objective": ["SftConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],

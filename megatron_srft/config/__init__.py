@@ -28,11 +28,8 @@ from megatron_srft.config.methods import (
 from megatron_srft.config.rewards import (
     VERIFIERS,
     CosineRewardConfig,
-    ExactRewardConfig,
-    FormatRewardConfig,
     FunctionRewardConfig,
     LengthRewardConfig,
-    MathRewardConfig,
     OverlongRewardConfig,
     RepetitionRewardConfig,
     RewardConfig,
@@ -62,6 +59,7 @@ from megatron_srft.config.setup import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_srft.config.verifiers import ExactRewardConfig, FormatRewardConfig, JudgeRewardConfig, MathRewardConfig
 from megatron_srft.config.watching import (
     AccountingConfig,
     CheckpointConfig,
@@ -87,6 +85,7 @@ __all__ = [
     "FormatRewardConfig",
     "FunctionRewardConfig",
     "GrpoConfig",
+    "JudgeRewardConfig",
     "LengthRewardConfig",
     "LocalRolloutConfig",
     "LoggingConfig",

@@ -2,100 +2,20 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
 
-from megatron_srft.config.base import ConfigError, require, section
-
-
-def _require_finite(reward: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(reward, name)
-        require(math.isfinite(value), f"rewards: {name} of a {reward.kind} reward must be a finite number, not {value}")
-
-
-@section
-class StreamConfig:
-    weight: float = 1.0
-    """Multiplies the reward in the total."""
-
-    gamma: float = 1.0
-    """Discount per token of this reward's returns, from 0 to 1; 1 credits every token before it alike."""
-
-    def __post_init__(self):
-        _require_finite(self, "weight")
-        require(0 <= self.gamma <= 1, f"rewards: gamma of a {self.kind} reward must lie in [0, 1], not {self.gamma}")
-
-
-@section
-class VerifierConfig(StreamConfig):
-    correct: float = 1.0
-    """Reward of a right answer."""
-
-    wrong: float = 0.0
-    """Reward of a wrong, missing or unverifiable answer (the last two are counted apart)."""
-
-    def __post_init__(self):
-        StreamConfig.__post_init__(self)
-        _require_finite(self, "correct", "wrong")
-
-
-@section
-class MathRewardConfig(VerifierConfig):
-    kind: Literal["math"] = "math"
-
-    answer_after: str = ""
-    """Only look behind the last occurrence of this text, e.g. '</think>'; without it the answer counts as missing."""
-
-    timeout_seconds: float = 5.0
-    """Deadline of one verification; the worker process is killed when it passes."""
-
-    workers: int = 1
-    """Verifier processes per rank."""
-
-    def __post_init__(self):
-        VerifierConfig.__post_init__(self)
-        require(self.timeout_seconds > 0, "rewards: timeout_seconds of a math reward must be positive")
-        require(self.workers >= 1, "rewards: workers of a math reward must be at least 1")
-
-
-@section
-class ExactRewardConfig(VerifierConfig):
-    kind: Literal["exact"] = "exact"
-
-    answer_after: str = ""
-    """Compare what follows the last occurrence of this text, e.g. '#'; empty compares the whole response."""
-
-    ignore_case: bool = False
-    """Compare without regard to case."""
-
-
-@section
-class FormatRewardConfig(StreamConfig):
-    kind: Literal["format"] = "format"
-
-    pattern: str = r"(?s).*</think>.+"
-    """Regular expression that the whole response must match."""
-
-    matched: float = 0.0
-    """Reward of a response that matches."""
-
-    unmatched: float = 0.0
-    """Reward of a response that does not match."""
-
-    gate: bool = True
-    """A response that does not match is not correct: every verifier's reward becomes its `wrong` value."""
-
-    def __post_init__(self):
-        StreamConfig.__post_init__(self)
-        _require_finite(self, "matched", "unmatched")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(f"rewards: pattern {self.pattern!r} is not a regular expression: {error}") from None
+from megatron_srft.config.base import require, section
+from megatron_srft.config.verifiers import (
+    ExactRewardConfig,
+    FormatRewardConfig,
+    JudgeRewardConfig,
+    MathRewardConfig,
+    StreamConfig,
+    require_finite,
+)
 
 
 @section
@@ -125,7 +45,7 @@ class CosineRewardConfig(StreamConfig):
 
     def __post_init__(self):
         StreamConfig.__post_init__(self)
-        _require_finite(self, "correct_at_zero", "correct_at_limit", "wrong_at_zero", "wrong_at_limit", "exceeded")
+        require_finite(self, "correct_at_zero", "correct_at_limit", "wrong_at_zero", "wrong_at_limit", "exceeded")
         for name in ("wrong_at_zero", "wrong_at_limit"):
             value = getattr(self, name)
             require(value <= 0, f"rewards: {name} of a cosine reward must not be above 0, got {value}")
@@ -152,7 +72,7 @@ class LengthRewardConfig(StreamConfig):
 
     def __post_init__(self):
         StreamConfig.__post_init__(self)
-        _require_finite(self, "at_zero", "at_limit")
+        require_finite(self, "at_zero", "at_limit")
         _require_limit(self)
 
 
@@ -192,7 +112,7 @@ class RepetitionRewardConfig(StreamConfig):
 
     def __post_init__(self):
         StreamConfig.__post_init__(self)
-        _require_finite(self, "penalty")
+        require_finite(self, "penalty")
         require(self.ngram >= 1, f"rewards: ngram of a repetition reward must be at least 1, not {self.ngram}")
         require(self.penalty <= 0, f"rewards: penalty of a repetition reward must not be above 0, got {self.penalty}")
 
@@ -218,7 +138,7 @@ class FunctionRewardConfig(StreamConfig):
             f"rewards: call of a function reward must look like package.module:function, not {self.call!r}",
         )
         if self.failure is not None:
-            _require_finite(self, "failure")
+            require_finite(self, "failure")
 
 
 def _require_limit(reward: Any) -> None:
@@ -231,6 +151,7 @@ def _require_limit(reward: Any) -> None:
 RewardConfig = Annotated[
     MathRewardConfig
     | ExactRewardConfig
+    | JudgeRewardConfig
     | FormatRewardConfig
     | CosineRewardConfig
     | LengthRewardConfig
@@ -245,6 +166,7 @@ REWARDS: dict[str, type[StreamConfig]] = {
     for reward in (
         MathRewardConfig,
         ExactRewardConfig,
+        JudgeRewardConfig,
         FormatRewardConfig,
         CosineRewardConfig,
         LengthRewardConfig,
@@ -255,7 +177,7 @@ REWARDS: dict[str, type[StreamConfig]] = {
 }
 """Every class of reward by its kind."""
 
-VERIFIERS = ("math", "exact")
+VERIFIERS = ("math", "exact", "judge")
 """Kinds of rewards that judge an answer."""
 
 

@@ -22,7 +22,7 @@ from megatron_srft.config.methods import (
     SftConfig,
     SrftConfig,
 )
-from megatron_srft.config.rewards import REWARDS, VERIFIERS, MathRewardConfig, RewardConfig, with_limit
+from megatron_srft.config.rewards import REWARDS, VERIFIERS, RewardConfig, with_limit
 from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig
 from megatron_srft.config.setup import (
     BatchConfig,
@@ -32,6 +32,7 @@ from megatron_srft.config.setup import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_srft.config.verifiers import MathRewardConfig
 from megatron_srft.config.watching import (
     AccountingConfig,
     CheckpointConfig,
@@ -85,11 +86,11 @@ class RunConfig:
         require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {self.seed}")
         require(
             not self.samples_rollouts or any(reward.kind in VERIFIERS for reward in self.rewards),
-            "rewards has no verifier, so no answer could be right; add an item of kind math or exact",
+            "rewards has no verifier, so no answer could be right; add an item of kind math, exact or judge",
         )
         require(
             all(reward.kind != "cosine" for reward in self.rewards) or any(r.kind in VERIFIERS for r in self.rewards),
-            "rewards: a cosine reward asks a verifier whether the answer is right; add an item of kind math or exact",
+            "rewards: a cosine reward asks a verifier for the verdict; add an item of kind math, exact or judge",
         )
         require(
             self.rollout.kind != "replay" or not self.evaluation.files,

@@ -1,7 +1,7 @@
 """Rewards put together: every configured stream on every answer, their weighted sum, the verdict, and the counts.
 
     reward  = sum over streams of weight * value          (of a dense stream: the sum of its values)
-    correct = verdict of the first verifier (math or exact) and every format gate
+    correct = verdict of the first verifier (math, exact or judge) and every format gate
 
 A stream is a verifier, a format, or shapes the response by its tokens and its verdict (shaping.py, and users'
 functions).
@@ -22,6 +22,7 @@ from megatron_srft.config import (
     ExactRewardConfig,
     FormatRewardConfig,
     FunctionRewardConfig,
+    JudgeRewardConfig,
     MathRewardConfig,
     RewardConfig,
     name_streams,
@@ -29,6 +30,7 @@ from megatron_srft.config import (
 from megatron_srft.rewards import exact, format
 from megatron_srft.rewards.answers import Verdict
 from megatron_srft.rewards.functions import RewardFunction
+from megatron_srft.rewards.judge import JudgeVerifier
 from megatron_srft.rewards.math import MathVerifier
 from megatron_srft.rewards.responses import Response
 from megatron_srft.rewards.shaping import ShapingConfig, shaped
@@ -61,13 +63,18 @@ class Scorer:
         self.streams = name_streams(configs)
         unresolved = [name for name, config in self.streams.items() if getattr(config, "max_tokens", 0) is None]
         assert not unresolved, f"rewards.{unresolved} have no limit; use a resolved config"
-        self._verifiers = {
-            name: MathVerifier(config) for name, config in self.streams.items() if isinstance(config, MathRewardConfig)
+        self._judges = {
+            name: JudgeVerifier(name, config)
+            for name, config in self.streams.items()
+            if isinstance(config, JudgeRewardConfig)
         }
         self._functions = {
             name: RewardFunction(name, config)
             for name, config in self.streams.items()
             if isinstance(config, FunctionRewardConfig)
+        }
+        self._verifiers = {
+            name: MathVerifier(config) for name, config in self.streams.items() if isinstance(config, MathRewardConfig)
         }
         self._counts: Counter[str] = Counter()
 
@@ -79,7 +86,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the verifier's processes."""
-        for verifier in self._verifiers.values():
+        for verifier in (*self._verifiers.values(), *self._judges.values()):
             verifier.close()
 
     # ------------------------------------------------------------ scoring
@@ -137,12 +144,14 @@ class Scorer:
 
         scored = correct + wrong + no_answer + unverifiable + timeout + crash, as long as there is a verifier. gated of
         the wrong ones have a right answer and a wrong format. worker_restarts counts processes replaced,
-        <stream>/failed the answers on which a user's function failed.
+        <stream>/failed the answers on which a user's function failed; judge.py has the counts of a judge.
         """
         counts = {"scored": sum(self._counts[f"status/{status}"] for status in STATUSES)}
         counts |= {name: self._counts[name] for name in ("correct", "wrong", "gated")}
         counts |= {status: self._counts[f"status/{status}"] for status in STATUSES[1:]}
         counts |= {f"{name}/failed": function.failed for name, function in self._functions.items()}
+        for judge in self._judges.values():
+            counts |= judge.accounting()
         counts["worker_restarts"] = sum(verifier.pool.restarts for verifier in self._verifiers.values())
         return counts
 
@@ -157,7 +166,9 @@ class Scorer:
                 log.warning("rewards.%s: right answers earn more the longer they are, so lengths may explode", name)
             if isinstance(config, FunctionRewardConfig):
                 self._functions[name].self_test()
-            if config.kind not in VERIFIERS:
+            if isinstance(config, JudgeRewardConfig):
+                self._judges[name].self_test()
+            if not isinstance(config, (MathRewardConfig, ExactRewardConfig)):
                 continue
             marker = f"{config.answer_after} " if config.answer_after else ""
             wrap = "The final answer is $\\boxed{{{}}}$." if config.kind == "math" else "{}"
@@ -236,6 +247,8 @@ class Scorer:
         config = self.streams[name]
         if isinstance(config, ExactRewardConfig):
             return [exact.judge(response.text, response.answer, config) for response in responses]
+        if isinstance(config, JudgeRewardConfig):
+            return self._judges[name].judge(responses)
         return self._verifiers[name].judge(
             [response.text for response in responses],
             [response.answer for response in responses],

@@ -148,7 +148,7 @@ def test_a_mistake_in_an_item_names_it(rewards, message):
 
 
 def test_a_cosine_needs_a_verdict_also_where_only_evaluation_scores():
-    with pytest.raises(ConfigError, match="cosine reward asks a verifier"):
+    with pytest.raises(ConfigError, match="cosine reward asks a verifier for the verdict"):
         RunConfig(objective=SftConfig(), rewards=(CosineRewardConfig(),))
 
 
