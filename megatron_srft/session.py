@@ -174,7 +174,7 @@ class Session:
         return measured
 
     def add_old_policy(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
-        """PSFT: give the demonstrations their log-probs under the old policy, which is refreshed when it is due."""
+        """PSFT, SFT-KL: demonstrations with their log-probs under the old policy, which is refreshed when it is due."""
         if self.old_policy.window(stage_step) is None:
             return sequences
         begun = self.step - stage_step

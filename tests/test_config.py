@@ -143,7 +143,7 @@ def test_the_two_sources_of_srft_disagree_on_the_sign():
     assert signs == [-1, 1]
 
 
-@pytest.mark.parametrize("kind", ["sft", "psft", "grpo", "luffy", "srft"])
+@pytest.mark.parametrize("kind", ["sft", "sft_kl", "psft", "grpo", "luffy", "srft"])
 def test_what_a_run_writes_can_be_run_again(tmp_path, kind):
     config = from_dict({"name": "käse", "objective": {"kind": kind}, "rollout": {"stop": ["\n", "#"]}})
     resolved = config.resolved()

@@ -201,7 +201,7 @@ def test_other_demonstrations_between_two_refreshes_are_refused(psft):
     psft.rewound("reseeded", 1)
     run = psft.run("reseeded", "seed=7")
     assert run.wait() == 2
-    assert "between two refreshes of PSFT's old policy" in run.output
+    assert "between two refreshes of the old policy" in run.output
 
 
 # ---------------------------------------------------------------- other settings and layouts

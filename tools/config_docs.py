@@ -20,7 +20,7 @@ SECTIONS = {
         "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
     ],
     "advantage": ["AdvantageConfig"],
-    "objective": ["SftConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
+    "objective": ["SftConfig", "SftKlConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
     "optimizer": ["OptimizerConfig"],
     "checkpoint": ["CheckpointConfig"],
     "evaluation": ["EvaluationConfig"],

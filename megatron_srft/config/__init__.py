@@ -23,6 +23,7 @@ from megatron_srft.config.methods import (
     ObjectiveConfig,
     PsftConfig,
     SftConfig,
+    SftKlConfig,
     SrftConfig,
 )
 from megatron_srft.config.rewards import (
@@ -107,6 +108,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SftConfig",
+    "SftKlConfig",
     "SrftConfig",
     "VERIFIERS",
     "from_dict",

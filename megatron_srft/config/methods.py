@@ -61,6 +61,24 @@ class SftConfig:
 
 
 @section
+class SftKlConfig:
+    kind: Literal["sft_kl"] = "sft_kl"
+
+    kl_coefficient: float = 0.5
+    """Weight of the divergence from the policy at the stage's start (PSFT's baseline 0.5, SRFT's 0.2)."""
+
+    denominator: Denominator = "tokens"
+    """How the negative log-likelihood and the divergence are averaged."""
+
+    constant_length: int | None = None
+    """Tokens per sequence for the constant denominator. null: data.max_demonstration_tokens."""
+
+    def __post_init__(self):
+        _require_positive(self, "constant_length")
+        require(self.kl_coefficient >= 0, f"objective.kl_coefficient must not be negative, got {self.kl_coefficient}")
+
+
+@section
 class PsftConfig:
     kind: Literal["psft"] = "psft"
 
@@ -219,10 +237,10 @@ class SrftConfig:
 
 
 ObjectiveConfig = Annotated[
-    SftConfig | PsftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")
+    SftConfig | SftKlConfig | PsftConfig | GrpoConfig | LuffyConfig | SrftConfig, pydantic.Field(discriminator="kind")
 ]
 
-DEMONSTRATIONS_ONLY = ("sft", "psft")
+DEMONSTRATIONS_ONLY = ("sft", "sft_kl", "psft")
 """Kinds of objectives that need no completions, and hence no rewards."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -244,6 +262,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 ADVANTAGES: dict[str, dict[str, bool]] = {
     "sft": dict(normalize_std=True, include_demonstration=False),
+    "sft_kl": dict(normalize_std=True, include_demonstration=False),
     "psft": dict(normalize_std=True, include_demonstration=False),
     "grpo": dict(normalize_std=True, include_demonstration=False),
     "dapo": dict(normalize_std=True, include_demonstration=False),

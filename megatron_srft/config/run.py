@@ -20,6 +20,7 @@ from megatron_srft.config.methods import (
     ObjectiveConfig,
     PsftConfig,
     SftConfig,
+    SftKlConfig,
     SrftConfig,
 )
 from megatron_srft.config.rewards import REWARDS, VERIFIERS, RewardConfig, with_limit
@@ -100,20 +101,20 @@ class RunConfig:
             not self.samples_rollouts or self.rollout.temperature > 0,
             "rollout.temperature must be above 0 for training (0 is greedy and has no log-probs to learn from)",
         )
-        if self.objective.kind == "psft" and not self.stages:
-            self._check_psft(self.objective)
+        if not self.stages:
+            self._check_old_policy(self.objective)
 
-    def _check_psft(self, objective: PsftConfig) -> None:
+    def _check_old_policy(self, objective: ObjectiveConfig) -> None:
         updates = self.batch.updates_per_step
         require(
-            updates == 1,
-            f"batch.updates_per_step is {updates}, and objective psft needs 1: objective.refresh_every says how many "
-            f"updates share an old policy; divide batch.prompts_per_step by {updates} for updates of the same size",
+            updates == 1 or objective.kind not in ("psft", "sft_kl"),
+            f"batch.updates_per_step is {updates}, and objective {objective.kind} needs 1, since its old policy is not "
+            f"that of the step; divide batch.prompts_per_step by {updates} for updates of the same size",
         )
+        warmup = objective.warmup_steps if objective.kind == "psft" else 0
         require(
-            objective.warmup_steps <= self.steps,
-            f"objective.warmup_steps is {objective.warmup_steps}, and the stage has only {self.steps} steps; lower it, "
-            "or raise steps",
+            warmup <= self.steps,
+            f"objective.warmup_steps is {warmup}, and the stage has only {self.steps} steps; lower it, or raise steps",
         )
 
     @property
@@ -314,7 +315,7 @@ def _visible(location: list[str]) -> list[str]:
     return [part for part in location if part not in KINDS]
 
 
-KINDS = {"local", "replay", *REWARDS, "sft", "psft", "grpo", "luffy", "srft"}
+KINDS = {"local", "replay", *REWARDS, "sft", "sft_kl", "psft", "grpo", "luffy", "srft"}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""
 
 
@@ -324,8 +325,8 @@ def _names_at(location: list[str]) -> list[str]:
         f.name: f.default_factory for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)
     }
     tagged = {
-        "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, "sft": SftConfig, "psft": PsftConfig,
-        "grpo": GrpoConfig, "luffy": LuffyConfig, "srft": SrftConfig,
+        "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, "sft": SftConfig,
+        "sft_kl": SftKlConfig, "psft": PsftConfig, "grpo": GrpoConfig, "luffy": LuffyConfig, "srft": SrftConfig,
     }  # fmt: skip
     cls = RunConfig
     for part in location:

@@ -3,11 +3,20 @@
 Equations, config keys, published constants and the points where papers and code disagree: docs/objectives.md.
 """
 
-from megatron_srft.config import GrpoConfig, LuffyConfig, ObjectiveConfig, PsftConfig, SftConfig, SrftConfig
+from megatron_srft.config import (
+    GrpoConfig,
+    LuffyConfig,
+    ObjectiveConfig,
+    PsftConfig,
+    SftConfig,
+    SftKlConfig,
+    SrftConfig,
+)
 from megatron_srft.objectives.grpo import grpo
 from megatron_srft.objectives.luffy import luffy
 from megatron_srft.objectives.psft import psft
 from megatron_srft.objectives.sft import sft
+from megatron_srft.objectives.sft_kl import sft_kl
 from megatron_srft.objectives.srft import srft
 from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput, gather_inputs, with_importance_weights
 from megatron_srft.sample import Counts
@@ -26,6 +35,8 @@ def compute(inputs: ObjectiveInputs, counts: Counts, config: ObjectiveConfig) ->
     match config:
         case SftConfig():
             return sft(inputs, counts, config)
+        case SftKlConfig():
+            return sft_kl(inputs, counts, config)
         case PsftConfig():
             return psft(inputs, counts, config)
         case GrpoConfig():

@@ -3,7 +3,8 @@
 kl/k1 and kl/k3 estimate KL(policy before the step || policy) by -log r and r - 1 - log r, with r the importance ratio.
 mismatch/* compares the policy before the step with the rollout engine: mean |difference| of the log-probs in nats, k3,
 and the share of tokens whose importance weight was truncated or masked. clip_fraction/* is the share of tokens whose
-gradient the clip removed. Names with `demonstrations` are of demonstration tokens, of which only PSFT has ratios.
+gradient the clip removed. Names with `demonstrations` are of demonstration tokens; only PSFT and SFT-KL have ratios
+of them.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The old policy of PSFT, as the log-probs of all demonstrations that it will be asked about until the next refresh.
+"""The old policy of PSFT and SFT-KL: log-probs of all demonstrations that come until its next refresh.
 
 Updates between two refreshes are a window. What each of them will see is a function of (seed, step), so one statistics
 pass over the rest of the window, made at the refresh, replaces a second copy of the weights. Log-probs are kept under a
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_srft.config import ConfigError, RunConfig
+from megatron_srft.config import ConfigError, ObjectiveConfig, PsftConfig, RunConfig, SftKlConfig
 from megatron_srft.sample import TrainingSequence
 from megatron_srft.trainer.step import SequenceStats
 
@@ -27,23 +27,23 @@ PATIENCE = 10
 
 
 class OldPolicy:
-    """Over the steps (each of one update) of one stage; without PSFT there is none, and all of this is idle."""
+    """Over the steps (each of one update) of one stage. Other objectives have none, and all of this is idle."""
 
     def __init__(self, config: RunConfig):
         self.objective, self.steps = config.objective, config.steps
+        self.refresh_every, self.warmup_steps = _schedule(config.objective)
         self.logprobs: dict[bytes, np.ndarray] = {}
         """Digest of a sequence -> [response] float32."""
         self.clipped, self.windows_begun, self.told = 0.0, 0, False
 
     def window(self, stage_step: int) -> range | None:
         """The steps that share an old policy with this one; None where the old policy is the current one."""
-        objective = self.objective
-        if objective.kind != "psft" or stage_step < objective.warmup_steps or objective.refresh_every == 1:
+        if stage_step < self.warmup_steps or self.refresh_every == 1:
             return None
-        size = objective.refresh_every or max(self.steps, stage_step + 1)
-        start = stage_step - (stage_step - objective.warmup_steps) % size
+        size = self.refresh_every or max(self.steps, stage_step + 1)
+        start = stage_step - (stage_step - self.warmup_steps) % size
         # Not cut at the stage's end: a run can be resumed with more steps.
-        return range(start, start + size if objective.refresh_every else self.steps)
+        return range(start, start + size if self.refresh_every else self.steps)
 
     def attach(
         self,
@@ -78,9 +78,9 @@ class OldPolicy:
         found = self.logprobs.get(digest(sequence))
         if found is None:
             raise ConfigError(
-                "the checkpoint stands between two refreshes of PSFT's old policy, and it has no old log-probs of a "
+                "the checkpoint stands between two refreshes of the old policy, and it has no old log-probs of a "
                 "demonstration that comes next; go on with the objective, data, batch and seed that it was made with "
-                "(and the steps, with objective.refresh_every null), or choose another name for a new run"
+                "(and the steps, where there is no refresh), or choose another name for a new run"
             )
         return found
 
@@ -109,7 +109,7 @@ class OldPolicy:
 
     def watch(self, stage_step: int, metrics: dict[str, float]) -> str | None:
         """A sentence, once, when PSFT turns out to clip nothing at all."""
-        if self.window(stage_step) is None or self.objective.clip is None:
+        if self.window(stage_step) is None or getattr(self.objective, "clip", None) is None:
             return None
         self.clipped += metrics.get("clip_fraction/demonstrations", 0.0)
         due = self.windows_begun > PATIENCE or stage_step + 1 == self.steps
@@ -121,6 +121,16 @@ class OldPolicy:
             f"objective.clip {self.objective.clip}): it has been SFT weighted by the ratio; raise optimizer.lr or "
             "objective.refresh_every, or lower objective.clip"
         )
+
+
+def _schedule(objective: ObjectiveConfig) -> tuple[int | None, int]:
+    """Updates from one refresh to the next (1: no old policy; None: one refresh), and updates before the first."""
+    match objective:
+        case PsftConfig():
+            return objective.refresh_every, objective.warmup_steps
+        case SftKlConfig():
+            return None, 0
+    return 1, 0
 
 
 def digest(sequence: TrainingSequence) -> bytes:

@@ -33,7 +33,7 @@ def test_sft_draws_from_demonstrated_prompts_and_needs_no_answer(kind):
         usable_prompts(data, settings(kind, 2))
 
 
-@pytest.mark.parametrize("kind", ["sft", "psft", "srft", "luffy"])
+@pytest.mark.parametrize("kind", ["sft", "sft_kl", "psft", "srft", "luffy"])
 def test_an_objective_that_learns_from_demonstrations_wants_some(kind):
     data = dataset(make_prompt(0))
     with pytest.raises(ConfigError, match=f"objective {kind} learns from demonstrations, and data.train holds none"):

@@ -4,12 +4,14 @@ import pytest
 import torch
 from objective_rows import counts_of, inputs_of, random_sequences, resolved
 
-from megatron_srft.config import GrpoConfig, LuffyConfig, PsftConfig, SftConfig, SrftConfig
+from megatron_srft.config import GrpoConfig, LuffyConfig, PsftConfig, SftConfig, SftKlConfig, SrftConfig
 from megatron_srft.objectives import compute
 
 OBJECTIVES = [
     SftConfig(),
     SftConfig(denominator="sequence_mean"),
+    SftKlConfig(),
+    SftKlConfig(denominator="sequence_mean"),
     PsftConfig(entropy_coefficient=0.01),
     PsftConfig(clip=None, denominator="sequence_mean"),
     GrpoConfig(entropy_coefficient=0.01),

@@ -100,7 +100,7 @@ def test_a_lower_clip_would_change_nothing():
         ({"objective": {"clip": -0.1}}, "objective.clip must not be negative"),
         ({"objective": {"clip": float("nan")}}, "objective.clip must not be negative"),
         ({"objective": {"warmup_steps": 6}, "steps": 5}, "objective.warmup_steps is 6, and the stage has only 5 steps"),
-        ({"batch": {"updates_per_step": 4}}, "batch.updates_per_step is 4, and objective psft needs 1: objective.refr"),
+        ({"batch": {"updates_per_step": 4}}, "batch.updates_per_step is 4, and objective psft needs 1, since its old"),
         (
             {"stages": [{"name": "a", "steps": 5, "objective": {"warmup_steps": 6}}]},
             "stages.0: objective.warmup_steps is 6, and the stage has only 5 steps",

@@ -22,6 +22,7 @@ TEMPERATURE = 0.9
 SEQUENCES = make_sequences([(False, False, False, True), (False, False, False)], seed=3)
 OBJECTIVES = {
     "sft": {"kind": "sft"},
+    "sft-kl": {"kind": "sft_kl"},
     "psft": {"kind": "psft", "entropy_coefficient": 0.01},
     "grpo": {"kind": "grpo", "preset": "dapo", "entropy_coefficient": 0.01},
     "luffy": {"kind": "luffy", "constant_length": 7},

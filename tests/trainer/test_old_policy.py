@@ -44,6 +44,12 @@ def test_steps_that_share_an_old_policy(objective, windows):
     assert {step: policy.window(step) for step in windows} == windows
 
 
+def test_sft_kl_has_a_fixed_reference():
+    policy = OldPolicy(configuration.from_dict({"steps": 20, "objective": {"kind": "sft_kl"}}))
+    assert [policy.window(step) for step in (0, 19)] == [range(20)] * 2
+    assert policy.watch(19, {}) is None
+
+
 def test_other_objectives_have_no_old_policy():
     policy = OldPolicy(configuration.from_dict({"objective": {"kind": "sft"}}))
     sequences = make_sequences([(True,)], seed=1)
@@ -106,9 +112,7 @@ def test_other_data_inside_a_window_are_refused():
     first = data.all[2]
     changed = np.concatenate([first.token_ids[:-1], [1]]).astype(np.int32)
     for other in (replace(first, token_ids=changed), replace(first, prompt_length=first.prompt_length - 1)):
-        with pytest.raises(
-            ConfigError, match="between two refreshes of PSFT's old policy, and it has no old log-probs"
-        ):
+        with pytest.raises(ConfigError, match="between two refreshes of the old policy, and it has no old log-probs"):
             policy.attach([other], 1, data.measure, data.of_step)
 
 
@@ -146,11 +150,12 @@ def train(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("objective", "refreshes"),
     [
+        ({"kind": "sft_kl"}, [None, 0, 0, 0, 0, 0]),
         ({"refresh_every": 3}, [None, 0, 0, None, 3, 3]),
         ({"refresh_every": 4, "warmup_steps": 1}, [None, None, 1, 1, 1, None]),
         ({"refresh_every": None, "warmup_steps": 2}, [None, None, None, 2, 2, 2]),
     ],
-    ids=["windows", "warm-up", "fixed"],
+    ids=["sft-kl", "windows", "warm-up", "fixed"],
 )
 def test_old_log_probs_are_those_of_the_weights_at_the_refresh(train, objective, refreshes):
     """Against the weights that the run exported then; twelve demonstrations, so that the fifth step begins again."""
@@ -166,9 +171,12 @@ def test_old_log_probs_are_those_of_the_weights_at_the_refresh(train, objective,
     lines = [line for line in read_metrics(folder) if "loss" in line]
     for line, refresh in zip(lines, refreshes, strict=True):
         changed = refresh is not None
-        assert (line["loss"] == pytest.approx(-1, abs=1e-6)) == (not changed)
+        if objective.get("kind") == "sft_kl":
+            assert (line["loss/kl"] > 0) == changed
+        else:
+            assert (line["loss"] == pytest.approx(-1, abs=1e-6)) == (not changed)
         assert (line["ratio_demonstrations/max"] > 1.001) == changed
-    assert any(line["clip_fraction/demonstrations"] > 0 for line in lines)
+    assert objective.get("kind") == "sft_kl" or any(line["clip_fraction/demonstrations"] > 0 for line in lines)
 
 
 def parameters(folder) -> dict[str, np.ndarray]:
