@@ -11,7 +11,7 @@ of times between events, each after a sweep over the L2 cache; the CPU seconds a
 import argparse
 import copy
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -99,7 +99,9 @@ def memory_over(start: int) -> float:
 def _peak() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage, which also counts what the parent held when it forked.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def ceilings(dtype: torch.dtype, repeats: int) -> dict[str, float]:
