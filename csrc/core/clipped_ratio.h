@@ -125,49 +125,62 @@ struct ClampedRatio {
 SRFT_HD ClampedRatio clamped_ratio(float log_ratio) {
   float log = log_ratio < -kLogRatioLimit ? -kLogRatioLimit : log_ratio;  // in this order NaN passes
   log = log > kLogRatioLimit ? kLogRatioLimit : log;
-  const float value = exponential(log);
+  const float value = exponential_in_range(log);
   return {log, value, log_ratio < -kLogRatioLimit || log_ratio > kLogRatioLimit ? 0.0f : value};
 }
 
+// Number is float, or a vector of floats (cpu/vectors.h), of which comparisons and ?: are lane by lane.
+
+template <typename Number>
+SRFT_HD Number exponential_of(const Number& x);
+
+template <>
+SRFT_HD float exponential_of(const float& x) {
+  return exponential(x);
+}
+
+template <typename Number>
 struct TokenLoss {
-  float value;
-  float by_logprob;
-  float by_entropy;
-  float clipped_low;  // 1 or 0: a bool beside floats would keep CPU loops from being vectorised
-  float clipped_high;
+  Number value;
+  Number by_logprob;
+  Number by_entropy;
+  Number clipped_low;  // 1 or 0
+  Number clipped_high;
 };
 
 // `loss` is term.loss: a constant where the caller wants the switch resolved when compiling.
-SRFT_HD TokenLoss token_loss(int loss, const PolicyTerm& term, float logprob, float entropy, float ratio,
-                             float ratio_slope, float advantage) {
+template <typename Number>
+SRFT_HD TokenLoss<Number> token_loss(int loss, const PolicyTerm& term, const Number& logprob, const Number& entropy,
+                                     const Number& ratio, const Number& ratio_slope, const Number& advantage) {
+  const Number zero{}, one = zero + 1.0f;
   switch (loss) {
     case kNll:
-      return {-logprob, -1.0f, 0.0f, 0.0f, 0.0f};
+      return {-logprob, -one, zero, zero, zero};
     case kLogprob:
-      return {-advantage * logprob, -advantage, 0.0f, 0.0f, 0.0f};
+      return {-advantage * logprob, -advantage, zero, zero, zero};
     case kClipped: {
-      const bool pulls = advantage >= 0.0f;
-      const float most = pulls ? term.upper : term.dual_clip;
-      const float least = pulls ? -INFINITY : term.lower;
-      const float below_most = ratio > most ? most : ratio;
-      const float bounded = below_most < least ? least : below_most;
-      const float raised = bounded > ratio ? 1.0f : 0.0f;
-      const float lowered = bounded < ratio ? 1.0f : 0.0f;
-      const float slope = raised + lowered > 0.0f ? 0.0f : ratio_slope;
-      return {-advantage * bounded, -advantage * slope, 0.0f, raised, advantage > 0.0f ? lowered : 0.0f};
+      const auto pulls = advantage >= zero;
+      const Number most = pulls ? zero + term.upper : zero + term.dual_clip;
+      const Number least = pulls ? zero - INFINITY : zero + term.lower;
+      const Number below_most = ratio > most ? most : ratio;
+      const Number bounded = below_most < least ? least : below_most;
+      const Number raised = bounded > ratio ? one : zero;
+      const Number lowered = bounded < ratio ? one : zero;
+      const Number slope = raised + lowered > zero ? zero : ratio_slope;
+      return {-advantage * bounded, -advantage * slope, zero, raised, advantage > zero ? lowered : zero};
     }
     case kProbability: {
-      const float value = -advantage * exponential(logprob);
-      return {value, value, 0.0f, 0.0f, 0.0f};
+      const Number value = -advantage * exponential_of(logprob);
+      return {value, value, zero, zero, zero};
     }
     case kShaped: {
-      const float probability = exponential(logprob);
-      const float share = 1.0f / (probability + term.gamma);
-      const float value = -advantage * probability * share;
-      return {value, value * term.gamma * share, 0.0f, 0.0f, 0.0f};
+      const Number probability = exponential_of(logprob);
+      const Number share = one / (probability + term.gamma);
+      const Number value = -advantage * probability * share;
+      return {value, value * term.gamma * share, zero, zero, zero};
     }
     default:  // kEntropy
-      return {-entropy, 0.0f, -1.0f, 0.0f, 0.0f};
+      return {-entropy, zero, -one, zero, zero};
   }
 }
 

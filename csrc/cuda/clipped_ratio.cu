@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const ClippedRatioArgume
     float factor = term.scale * weight;
     if (term.rows & kPerLength) factor /= value_of(call.response_lengths, 1.0f);
     if (term.rows & kCorrected) factor *= importance;
-    const TokenLoss loss = token_loss(term.loss, term, logprob, entropy, policy.value, policy.slope, advantage);
+    const TokenLoss<float> loss = token_loss(term.loss, term, logprob, entropy, policy.value, policy.slope, advantage);
     const bool chosen = (term.rows & kind_of_row(population, advantage)) != 0;
     by_logprob += chosen ? factor * loss.by_logprob : 0.0f;
     by_entropy += chosen ? factor * loss.by_entropy : 0.0f;
