@@ -14,6 +14,7 @@ from megatron_srft.config import (
 )
 from megatron_srft.objectives.grpo import grpo
 from megatron_srft.objectives.luffy import luffy
+from megatron_srft.objectives.metrics import Metrics
 from megatron_srft.objectives.psft import psft
 from megatron_srft.objectives.sft import sft
 from megatron_srft.objectives.sft_kl import sft_kl
@@ -21,7 +22,7 @@ from megatron_srft.objectives.srft import srft
 from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput, gather_inputs, with_importance_weights
 from megatron_srft.sample import Counts
 
-__all__ = ["ObjectiveInputs", "ObjectiveOutput", "compute", "gather_inputs", "with_importance_weights"]
+__all__ = ["Metrics", "ObjectiveInputs", "ObjectiveOutput", "compute", "gather_inputs", "with_importance_weights"]
 
 
 def compute(inputs: ObjectiveInputs, counts: Counts, config: ObjectiveConfig) -> ObjectiveOutput:

@@ -7,10 +7,19 @@ gradient the clip removed. Names with `demonstrations` are of demonstration toke
 of them.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from megatron_srft.ops.clipped_ratio import Figures
+from megatron_srft.ops.token_figures import FIRST_TERM, TERM_FIGURES, place_of, place_of_term
 from megatron_srft.sample import Counts
+
+Place = int | slice
+"""Where a metric lies in the vector of figures; of a slice it is the sum."""
+
+LOSS = slice(FIRST_TERM, None, len(TERM_FIGURES))
+"""The whole loss: the terms' parts."""
 
 ROLLOUTS = {
     "nll/rollouts": "nll",
@@ -35,17 +44,47 @@ DEMONSTRATION_RATIOS = {
 DEMONSTRATION_CLIPS = {"clip_fraction/demonstrations": "clipped_high"}
 
 
-def rollout_metrics(figures: Figures, counts: Counts, *, clips: bool, corrected: bool) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Metrics(Mapping[str, Tensor]):
+    """Metrics by name, as one vector to add up; a scalar is made of it where it is read."""
+
+    figures: Tensor
+    """[figures] of an op's call, see ops/token_figures.py."""
+
+    places: dict[str, Place]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.figures[self.places[name]].sum()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def term_places(terms: list[str], weights: dict[str, str]) -> dict[str, Place]:
+    """The loss, the parts of several terms, and weights (name of the metric -> name of the term)."""
+    places: dict[str, Place] = {"loss": LOSS}
+    if len(terms) > 1:
+        places |= {f"loss/{name}": place_of_term(index, "loss") for index, name in enumerate(terms)}
+    for metric, name in weights.items():
+        places[f"weight/{metric}"] = place_of_term(terms.index(name), "weight")
+        places[f"max/weight_{metric}"] = place_of_term(terms.index(name), "max_weight")
+    return places
+
+
+def rollout_places(counts: Counts, *, clips: bool, corrected: bool) -> dict[str, Place]:
     """Of the rollout tokens; nothing if the update has none."""
     if not counts.rollout_tokens:
         return {}
     wanted = ROLLOUTS | (CLIPS if clips else {}) | (CORRECTION if corrected else {})
-    return {metric: figures.rollouts[name] for metric, name in wanted.items()}
+    return {metric: place_of("rollouts", name) for metric, name in wanted.items()}
 
 
-def demonstration_metrics(figures: Figures, counts: Counts, *, ratios: bool, clips: bool) -> dict[str, Tensor]:
+def demonstration_places(counts: Counts, *, ratios: bool, clips: bool) -> dict[str, Place]:
     """Of the demonstration tokens; nothing if the update has none."""
     if not counts.demonstration_tokens:
         return {}
     wanted = DEMONSTRATIONS | (DEMONSTRATION_RATIOS if ratios else {}) | (DEMONSTRATION_CLIPS if clips else {})
-    return {metric: figures.demonstrations[name] for metric, name in wanted.items()}
+    return {metric: place_of("demonstrations", name) for metric, name in wanted.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_srft.config import Denominator
-from megatron_srft.objectives.metrics import demonstration_metrics, rollout_metrics
+from megatron_srft.objectives.metrics import Metrics, demonstration_places, rollout_places, term_places
 from megatron_srft.ops.clipped_ratio import clipped_ratio
 from megatron_srft.ops.token_losses import ROWS, Term, clamped_exp
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
@@ -73,7 +73,7 @@ class ObjectiveOutput:
     loss: Tensor
     """Scalar; the sum over micro-batches and data-parallel ranks is the update's loss."""
 
-    metrics: dict[str, Tensor]
+    metrics: Metrics
     """Scalars without gradient. They add up over micro-batches and data-parallel ranks, like the loss, except those
     whose name starts with `max/`, of which the largest counts. The names depend on the config and on which populations
     the update has, never on the micro-batch."""
@@ -131,22 +131,14 @@ def evaluate(
         importance_weights=inputs.importance_weights,
         tokens=(counts.rollout_tokens, counts.demonstration_tokens),
     )
-    of_terms = dict(zip(terms, figures.terms, strict=True))
-    metrics = {"loss": loss.detach()}
-    if len(terms) > 1:
-        metrics |= {f"loss/{name}": of_term["loss"] for name, of_term in of_terms.items()}
-    for metric, name in (weights or {}).items():
-        if population_size(counts, terms[name].rows)[0]:
-            metrics |= {
-                f"weight/{metric}": of_terms[name]["weight"],
-                f"max/weight_{metric}": of_terms[name]["max_weight"],
-            }
+    known = {metric: name for metric, name in (weights or {}).items() if population_size(counts, terms[name].rows)[0]}
+    places = term_places(list(terms), known)
     if of_rollouts:
-        metrics |= rollout_metrics(figures, counts, clips=clips, corrected=inputs.importance_weights is not None)
+        places |= rollout_places(counts, clips=clips, corrected=inputs.importance_weights is not None)
     if of_demonstrations:
         ratios = demonstration_ratios
-        metrics |= demonstration_metrics(figures, counts, ratios=ratios, clips=ratios and clips)
-    return ObjectiveOutput(loss=loss, metrics=metrics)
+        places |= demonstration_places(counts, ratios=ratios, clips=ratios and clips)
+    return ObjectiveOutput(loss=loss, metrics=Metrics(figures.values, places))
 
 
 # ---------------------------------------------------------------- means

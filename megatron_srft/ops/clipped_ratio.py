@@ -8,12 +8,12 @@ Scalars are run-time arguments; sums run in a fixed order, so that equal inputs 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_srft.ops import implementations
+from megatron_srft.ops.token_figures import FIRST_TERM, POPULATIONS, SUMS, TERM_FIGURES, Figures
 from megatron_srft.ops.token_losses import (
     ADVANTAGES,
     CLIPPED,
@@ -34,32 +34,6 @@ ROUNDING = 1e-5
 """An importance weight counts as corrected when it differs from the ratio it came from by more than this share."""
 
 MAX_TERMS = 8
-
-POPULATIONS = ("rollouts", "demonstrations")
-
-POPULATION_FIGURES = (
-    "nll", "entropy", "ratio", "k1", "k3", "clipped_low", "clipped_high", "mismatch", "mismatch_k3", "corrected",
-    "max_ratio", "max_mismatch",
-)  # fmt: skip
-"""Figures of each population: means over its tokens, then largest values (`max_`; 0 where there is no token)."""
-
-SUMS = 10
-"""How many of them are means."""
-
-TERM_FIGURES = ("loss", "weight", "max_weight")
-"""Figures of each term: its part of the loss; mean and largest weight over its populations, whatever the sign of A."""
-
-
-class Figures(NamedTuple):
-    """Per-token figures of one call, scalars without gradient by name.
-
-    Sums over the call's rows divided by the `tokens` given, so they add up over calls to the means of the whole;
-    `max_` figures are the largest values.
-    """
-
-    rollouts: dict[str, Tensor]
-    demonstrations: dict[str, Tensor]
-    terms: list[dict[str, Tensor]]
 
 
 def clipped_ratio(
@@ -102,7 +76,7 @@ def clipped_ratio(
     _check_terms(terms, logprobs)
     advantages, weights = _matrix([t.advantages for t in terms]), _matrix([t.weights for t in terms])
     op = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))
-    loss, _, figures = _Loss.apply(
+    loss, figures = _Loss.apply(
         op,
         logprobs,
         entropy,
@@ -118,12 +92,13 @@ def clipped_ratio(
         [number for term in terms for number in term.parameters],
         list(tokens),
     )
-    return loss, _named(figures, len(terms))
+    return loss, Figures(figures)
 
 
 # ---------------------------------------------------------------- the op
 
 
+@torch.no_grad()
 def reference(
     logprobs: Tensor,
     entropy: Tensor,
@@ -206,38 +181,29 @@ def largest(values: Tensor) -> Tensor:
 def _fake(logprobs, entropy, is_demonstration, response_lengths, engine_logprobs, old_logprobs, importance_weights,
           advantages, weights, losses, rows, parameters, tokens):  # fmt: skip
     """loss [], gradients [1 or 2, rows] by log-prob (and entropy), figures [of both populations, then of each term]."""
-    figures = len(POPULATIONS) * len(POPULATION_FIGURES) + len(TERM_FIGURES) * len(losses)
+    figures = FIRST_TERM + len(TERM_FIGURES) * len(losses)
     gradients = 2 if ENTROPY in losses else 1
     return logprobs.new_empty(()), logprobs.new_empty(gradients, logprobs.shape[0]), logprobs.new_empty(figures)
 
 
-def _setup_context(ctx, inputs, output):
-    _, gradients, figures = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradients, figures)
-    ctx.save_for_backward(gradients)
-
-
-def _backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 13
-    (gradients,) = ctx.saved_tensors
-    by_logprob, *by_entropy = (gradients * upstream).unbind()
-    return by_logprob, by_entropy[0] if by_entropy else None, *(None,) * 11
-
-
 class _Loss(torch.autograd.Function):
-    """What the registration below does, without torch's bookkeeping for every call, which takes longer than the op."""
+    """The op with its gradient. Not registered with the op, as torch's bookkeeping then takes longer than the op."""
 
     @staticmethod
     def forward(ctx, op, *arguments):
-        output = op(*arguments)
-        _setup_context(ctx, arguments, output)
-        return output
+        loss, gradients, figures = op(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(figures)
+        ctx.save_for_backward(gradients)
+        return loss, figures
 
     @staticmethod
-    def backward(ctx, *upstream):
-        return None, *_backward(ctx, *upstream)
+    def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 14
+        (gradients,) = ctx.saved_tensors
+        by_logprob, *by_entropy = (gradients * upstream).unbind()
+        return None, by_logprob, by_entropy[0] if by_entropy else None, *(None,) * 11
 
 
 implementations.declare(
@@ -248,12 +214,10 @@ implementations.declare(
     fake=_fake,
     reference=reference,
     triton="megatron_srft.ops.triton.clipped_ratio",
-    setup_context=_setup_context,
-    backward=_backward,
 )
 
 
-# ---------------------------------------------------------------- arguments and results
+# ---------------------------------------------------------------- arguments
 
 
 def _matrix(of_terms: list[Tensor | None]) -> Tensor | None:
@@ -264,12 +228,6 @@ def _matrix(of_terms: list[Tensor | None]) -> Tensor | None:
     if all(tensor is given[0] for tensor in given):
         return given[0].expand(len(of_terms), -1)
     return torch.stack([given[0] if tensor is None else tensor for tensor in of_terms])
-
-
-def _named(figures: Tensor, terms: int) -> Figures:
-    scalars = iter(figures.unbind())
-    rollouts, demonstrations = ({name: next(scalars) for name in POPULATION_FIGURES} for _ in POPULATIONS)
-    return Figures(rollouts, demonstrations, [{name: next(scalars) for name in TERM_FIGURES} for _ in range(terms)])
 
 
 def _check_rows(given: dict[str, Tensor | None], is_demonstration: Tensor) -> None:

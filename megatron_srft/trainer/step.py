@@ -91,7 +91,7 @@ def statistics_pass(policy: Policy, microbatches: list[PackedBatch]) -> dict[int
 
 def _objective_loss(
     batch: PackedBatch, stats: TokenStats, counts: Counts, objective: ObjectiveConfig, parity: ParityConfig
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, objectives.Metrics]:
     inputs = objectives.gather_inputs(batch, stats)
     if parity.on_failure != "stop":
         inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
@@ -151,21 +151,19 @@ def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, po
     return hidden, loss_function
 
 
-def _reduce_metrics(partials: list[dict[str, torch.Tensor]], groups: ProcessGroups) -> dict[str, float]:
+def _reduce_metrics(partials: list[objectives.Metrics], groups: ProcessGroups) -> dict[str, float]:
     """Add the micro-batches' shares over micro-batches and data ranks; the same on every rank.
 
     Of keys `max/<name>` the largest counts; they are reported as `<name>/max`.
     """
     values: dict[str, float] = {}
     if partials:  # only the last stage has any
-        maxima = sorted(key for key in partials[0] if key.startswith("max/"))
-        sums = sorted(set(partials[0]) - set(maxima))
-        table = {key: torch.stack([partial[key].float() for partial in partials]) for key in partials[0]}
-        for keys, op in ((sums, "sum"), (maxima, "max")):
-            local = [table[key].sum() if op == "sum" else table[key].amax() for key in keys]
-            if local:
-                reduced = all_reduce(torch.stack(local), groups.data, op).tolist()
-                values.update(zip(map(_public_name, keys), reduced, strict=True))
+        figures = torch.stack([partial.figures for partial in partials]).float()
+        sums = all_reduce(figures.sum(dim=0), groups.data, "sum").cpu()
+        largest = all_reduce(figures.amax(dim=0), groups.data, "max").cpu()
+        for key, place in partials[0].places.items():
+            table = largest if key.startswith("max/") else sums
+            values[_public_name(key)] = table[place].sum().item()
     if size(groups.pipeline) > 1:
         values = broadcast_object(values, groups.pipeline, size(groups.pipeline) - 1)
     return values

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_srft.ops import clipped_ratio as op
-from megatron_srft.ops import token_losses
+from megatron_srft.ops import token_figures, token_losses
 
 BLOCK = 512
 WARPS = 4
@@ -20,11 +20,11 @@ BLOCKS_AT_ONCE = 128
 LOG_RATIO_LIMIT = tl.constexpr(token_losses.LOG_RATIO_LIMIT)
 ROUNDING = tl.constexpr(op.ROUNDING)
 NLL, LOGPROB, CLIPPED, PROBABILITY, SHAPED, ENTROPY = (tl.constexpr(n) for n in token_losses.NUMBERS.values())
-ROLLOUTS, DEMONSTRATIONS = (tl.constexpr(token_losses.ROWS[name]) for name in op.POPULATIONS)
+ROLLOUTS, DEMONSTRATIONS = (tl.constexpr(token_losses.ROWS[name]) for name in token_figures.POPULATIONS)
 PER_LENGTH, CORRECTED = tl.constexpr(token_losses.PER_LENGTH), tl.constexpr(token_losses.CORRECTED)
 ADVANTAGES, WEIGHTS = tl.constexpr(token_losses.ADVANTAGES), tl.constexpr(token_losses.WEIGHTS)
-POPULATION_FIGURES, SUMS = tl.constexpr(len(op.POPULATION_FIGURES)), tl.constexpr(op.SUMS)
-TERM_FIGURES = tl.constexpr(len(op.TERM_FIGURES))
+POPULATION_FIGURES, SUMS = tl.constexpr(len(token_figures.POPULATION_FIGURES)), tl.constexpr(token_figures.SUMS)
+TERM_FIGURES = tl.constexpr(len(token_figures.TERM_FIGURES))
 
 
 def clipped_ratio(
@@ -45,7 +45,7 @@ def clipped_ratio(
     """(loss, gradients, figures), see `ops.clipped_ratio`."""
     count, terms = logprobs.shape[0], len(losses)
     blocks = triton.cdiv(count, BLOCK)
-    figures = logprobs.new_empty(len(op.POPULATIONS) * len(op.POPULATION_FIGURES) + len(op.TERM_FIGURES) * terms)
+    figures = logprobs.new_empty(token_figures.FIRST_TERM + len(token_figures.TERM_FIGURES) * terms)
     gradients = logprobs.new_empty(2 if token_losses.ENTROPY in losses else 1, count)
     partial = logprobs.new_empty(figures.shape[0], blocks)
     with torch.cuda.device_of(logprobs):
@@ -80,8 +80,8 @@ def clipped_ratio(
         total_kernel[(figures.shape[0],)](
             partial, figures, blocks, BLOCK=BLOCKS_AT_ONCE, num_warps=1, enable_fp_fusion=True
         )
-    of_terms = figures[len(op.POPULATIONS) * len(op.POPULATION_FIGURES) :]
-    return of_terms[:: len(op.TERM_FIGURES)].sum(), gradients, figures
+    of_terms = figures[token_figures.FIRST_TERM :]
+    return of_terms[:: len(token_figures.TERM_FIGURES)].sum(), gradients, figures
 
 
 @triton.jit(do_not_specialize=("advantages_stride", "weights_stride", "count", "blocks"))
