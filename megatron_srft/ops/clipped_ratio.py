@@ -76,23 +76,23 @@ def clipped_ratio(
     _check_terms(terms, logprobs)
     advantages, weights = _matrix([t.advantages for t in terms]), _matrix([t.weights for t in terms])
     op = implementations.kernel("clipped_ratio", implementations.choose(implementation, logprobs))
-    loss, figures = _Loss.apply(
-        op,
-        logprobs,
-        entropy,
-        is_demonstration,
-        response_lengths,
-        engine_logprobs,
-        old_logprobs,
-        importance_weights,
-        advantages,
-        weights,
-        [NUMBERS[term.loss] for term in terms],
-        [term.row_bits for term in terms],
-        [number for term in terms for number in term.parameters],
-        list(tokens),
-    )
-    return loss, Figures(figures)
+    with torch.no_grad():
+        loss, gradients, figures = op(
+            logprobs,
+            entropy,
+            is_demonstration,
+            response_lengths,
+            engine_logprobs,
+            old_logprobs,
+            importance_weights,
+            advantages,
+            weights,
+            [NUMBERS[term.loss] for term in terms],
+            [term.row_bits for term in terms],
+            [number for term in terms for number in term.parameters],
+            list(tokens),
+        )
+    return _Loss.apply(logprobs, entropy, loss, gradients), Figures(figures)
 
 
 # ---------------------------------------------------------------- the op
@@ -187,23 +187,18 @@ def _fake(logprobs, entropy, is_demonstration, response_lengths, engine_logprobs
 
 
 class _Loss(torch.autograd.Function):
-    """The op with its gradient. Not registered with the op, as torch's bookkeeping then takes longer than the op."""
+    """The op's loss with its gradient. Registered with the op it would cost more than the op, in torch's bookkeeping."""
 
     @staticmethod
-    def forward(ctx, op, *arguments):
-        loss, gradients, figures = op(*arguments)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(figures)
+    def forward(ctx, logprobs, entropy, loss, gradients):
         ctx.save_for_backward(gradients)
-        return loss, figures
+        return loss.detach()
 
     @staticmethod
-    def backward(ctx, upstream, _):
-        if upstream is None:
-            return (None,) * 14
+    def backward(ctx, upstream):
         (gradients,) = ctx.saved_tensors
-        by_logprob, *by_entropy = (gradients * upstream).unbind()
-        return None, by_logprob, by_entropy[0] if by_entropy else None, *(None,) * 11
+        by_logprob, *by_entropy = [row * upstream for row in gradients.unbind()]
+        return by_logprob, by_entropy[0] if by_entropy else None, None, None
 
 
 implementations.declare(
