@@ -2,6 +2,10 @@
 
     python benchmarks/clipped_ratio.py                  # 1024, 8192 and 65536 response tokens
     python benchmarks/clipped_ratio.py --rows 4096
+    OMP_NUM_THREADS=1 python benchmarks/clipped_ratio.py
+
+`op` is forward and backward of the bare op, its terms prebuilt and all its figures computed; for the peers, who have no
+such thing, the same as `both`.
 
 The peer is what trainers write: the clipped surrogate and an entropy bonus with global denominators, and the same
 figures (likelihood, entropy, ratio, KL estimates, clipped shares, mismatch with the rollout engine) as separate tensor
@@ -10,6 +14,7 @@ float64, relative to the largest of them.
 """
 
 import argparse
+from functools import partial
 
 import measure
 import torch
@@ -17,6 +22,8 @@ import torch
 from megatron_srft.config import from_dict
 from megatron_srft.objectives import ObjectiveInputs, compute
 from megatron_srft.ops import implementations
+from megatron_srft.ops.clipped_ratio import clipped_ratio
+from megatron_srft.ops.token_losses import Term
 from megatron_srft.sample import Counts
 
 ROWS = (1024, 8192, 65536)
@@ -95,15 +102,31 @@ def function_of(side: str, rows: dict[str, torch.Tensor]):
     return ours
 
 
+def bare_function_of(side: str, rows: dict[str, torch.Tensor]):
+    """(logprobs, entropy) -> (loss, figures) without what an objective does before and after its op."""
+    if side in ("eager", "torch.compile"):
+        return function_of(side, rows)
+    demonstrations = int(rows["is_demonstration"].sum())
+    tokens = len(rows["logprobs"]) - demonstrations, demonstrations
+    bonus = Term(loss="entropy", rows="rollouts", scale=COEFFICIENT / tokens[0])
+    clips = dict(clip_low=LOW, clip_high=HIGH)
+    policy = Term(loss="clipped", rows="rollouts", scale=1 / tokens[0], advantages=rows["advantages"], **clips)
+    given = {name: rows[name] for name in ("is_demonstration", "old_logprobs")}
+    given |= dict(engine_logprobs=rows["rollout_logprobs"], response_lengths=torch.ones_like(rows["old_logprobs"]))
+    return lambda logprobs, entropy: clipped_ratio(
+        logprobs, entropy, [policy, bonus], tokens=tokens, implementation=side, **given
+    )
+
+
 def run(side: str, args: argparse.Namespace) -> dict:
     rows = make_rows(args.rows)
     leaves = [rows[name].requires_grad_() for name in ("logprobs", "entropy")]
-    function = function_of(side, rows)
+    function, bare = function_of(side, rows), bare_function_of(side, rows)
 
     def forward():
         return function(*leaves)
 
-    def both():
+    def both(function=function):
         for leaf in leaves:
             leaf.grad = None
         function(*leaves)[0].backward()
@@ -112,6 +135,7 @@ def run(side: str, args: argparse.Namespace) -> dict:
     error = error_of(leaves, rows)
     start = measure.start_memory()
     timed = dict(forward=measure.time_of(forward, args.repeats), both=measure.time_of(both, args.repeats))
+    timed["op"] = measure.time_of(partial(both, bare), args.repeats)
     return timed | {"memory MiB": measure.memory_over(start), "error": error}
 
 
@@ -133,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="response tokens")
     parser.add_argument("--repeats", type=int, default=200)
-    measure.main(parser, run, sides, ("forward", "both"), vary="rows")
+    measure.main(parser, run, sides, ("forward", "both", "op"), vary="rows")
 
 
 if __name__ == "__main__":
