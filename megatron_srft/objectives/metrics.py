@@ -10,6 +10,7 @@ of them.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_srft.ops.token_figures import FIRST_TERM, TERM_FIGURES, place_of, place_of_term
@@ -17,9 +18,6 @@ from megatron_srft.sample import Counts
 
 Place = int | slice
 """Where a metric lies in the vector of figures; of a slice it is the sum."""
-
-LOSS = slice(FIRST_TERM, None, len(TERM_FIGURES))
-"""The whole loss: the terms' parts."""
 
 ROLLOUTS = {
     "nll/rollouts": "nll",
@@ -62,10 +60,17 @@ class Metrics(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
+    def __or__(self, more: dict[str, Tensor]) -> "Metrics":
+        """With further scalars, which come in place of those of the same name."""
+        end = len(self.figures)
+        places = self.places | {name: end + index for index, name in enumerate(more)}
+        return Metrics(torch.cat([self.figures, torch.stack(list(more.values()))]), places)
+
 
 def term_places(terms: list[str], weights: dict[str, str]) -> dict[str, Place]:
     """The loss, the parts of several terms, and weights (name of the metric -> name of the term)."""
-    places: dict[str, Place] = {"loss": LOSS}
+    end = FIRST_TERM + len(TERM_FIGURES) * len(terms)
+    places: dict[str, Place] = {"loss": slice(FIRST_TERM + TERM_FIGURES.index("loss"), end, len(TERM_FIGURES))}
     if len(terms) > 1:
         places |= {f"loss/{name}": place_of_term(index, "loss") for index, name in enumerate(terms)}
     for metric, name in weights.items():

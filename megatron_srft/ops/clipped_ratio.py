@@ -187,7 +187,7 @@ def _fake(logprobs, entropy, is_demonstration, response_lengths, engine_logprobs
 
 
 class _Loss(torch.autograd.Function):
-    """The op's loss with its gradient. Registered with the op it would cost more than the op, in torch's bookkeeping."""
+    """The op's loss with its gradient, not registered with the op: torch's bookkeeping would then cost more than it."""
 
     @staticmethod
     def forward(ctx, logprobs, entropy, loss, gradients):
