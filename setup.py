@@ -79,7 +79,11 @@ class BuildNative(build_ext):
         commands, objects = compile_commands(compiler, torch, cuda, folder)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(run, commands))
-        run(link_command(compiler, torch, cuda, objects, Path(self.get_ext_fullpath("megatron_srft._native"))))
+        target = Path(self.get_ext_fullpath("megatron_srft._native"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")  # half a library would end a process that loads it
+        run(link_command(compiler, torch, cuda, objects, partial))
+        partial.replace(target)
 
     def wanted_cuda(self) -> Path | None:
         wanted = os.environ.get("SRFT_CUDA", "auto")
@@ -125,7 +129,6 @@ def link_command(compiler: str, torch: Path, cuda: Path | None, objects: list[Pa
     if cuda:
         library_folder = next(d for d in (cuda / "lib64", cuda / "lib") if (d / "libcudart_static.a").is_file())
         libraries += [f"-L{library_folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    target.parent.mkdir(parents=True, exist_ok=True)
     return [compiler, "-shared", "-o", target, *objects, "-Wl,--no-as-needed", *libraries]
 
 
