@@ -151,7 +151,11 @@ def test_configs_fit_the_data(make_data, pretrain, path, tmp_path):
         problems = load_problems(config.evaluation.files, config.data, tokenizer).prompts
         assert len(problems) == 400
         with Scorer(config.rewards) as scorer:
-            scores = scorer.verify([d.text for d, _ in demonstrations], [answer for _, answer in demonstrations])
+            scores = scorer.verify(
+                [d.text for d, _ in demonstrations],
+                [answer for _, answer in demonstrations],
+                token_ids=[d.token_ids.tolist() for d, _ in demonstrations],
+            )
         assert all(score.correct for score in scores)
         longest = max(len(tokenizer(make_data.worked_solution(p.text)).input_ids) for p in problems) + 1
         assert longest <= config.rollout.max_response_tokens
