@@ -21,6 +21,7 @@ SECTIONS = {
     ],
     "advantage": ["AdvantageConfig"],
     "objective": ["SftConfig", "SftKlConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
+    "kl": ["KlConfig"],
     "optimizer": ["OptimizerConfig"],
     "checkpoint": ["CheckpointConfig"],
     "evaluation": ["EvaluationConfig"],
@@ -66,7 +67,7 @@ def fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> dict[str, tu
     for base in node.bases:
         found |= fields(classes[ast.unparse(base)], classes)
     for index, statement in enumerate(node.body):
-        if isinstance(statement, ast.AnnAssign):
+        if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
             kind, default = ast.unparse(statement.annotation), statement.value
             text = "" if default is None else ast.unparse(default)
             found[ast.unparse(statement.target)] = (kind, text, docstring_after(node.body, index))

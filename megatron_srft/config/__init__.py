@@ -8,24 +8,13 @@ torch nor megatron, so `--help`, `--dry-run` checks and editors stay fast.
 replaces every such `None`, and the resolved tree is what a run writes into its folder.
 """
 
-from megatron_srft.config.base import (
-    ConfigError,
-    require,
-)
-from megatron_srft.config.methods import (
-    ADVANTAGES,
-    DEMONSTRATIONS_ONLY,
-    PRESETS,
-    AdvantageConfig,
-    Denominator,
-    GrpoConfig,
-    LuffyConfig,
-    ObjectiveConfig,
-    PsftConfig,
-    SftConfig,
-    SftKlConfig,
-    SrftConfig,
-)
+from megatron_srft.config.advantages import AdvantageConfig
+from megatron_srft.config.base import ConfigError, require
+from megatron_srft.config.denominators import Denominator
+from megatron_srft.config.kl import KlConfig
+from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
+from megatron_srft.config.mixed import LuffyConfig, SrftConfig
+from megatron_srft.config.policy_gradient import GrpoConfig
 from megatron_srft.config.rewards import (
     VERIFIERS,
     CosineRewardConfig,
@@ -60,6 +49,7 @@ from megatron_srft.config.setup import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_srft.config.supervised import PsftConfig, SftConfig, SftKlConfig
 from megatron_srft.config.verifiers import ExactRewardConfig, FormatRewardConfig, JudgeRewardConfig, MathRewardConfig
 from megatron_srft.config.watching import (
     AccountingConfig,
@@ -77,7 +67,6 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "CosineRewardConfig",
-    "DEMONSTRATIONS_ONLY",
     "DataConfig",
     "Denominator",
     "EvaluationConfig",
@@ -87,6 +76,7 @@ __all__ = [
     "FunctionRewardConfig",
     "GrpoConfig",
     "JudgeRewardConfig",
+    "KlConfig",
     "LengthRewardConfig",
     "LocalRolloutConfig",
     "LoggingConfig",
@@ -94,6 +84,7 @@ __all__ = [
     "MathRewardConfig",
     "ModelConfig",
     "OpsConfig",
+    "OBJECTIVES",
     "ObjectiveConfig",
     "OptimizerConfig",
     "OverlongRewardConfig",

@@ -9,20 +9,11 @@ from typing import Any
 import pydantic
 import yaml
 
+from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require, section
-from megatron_srft.config.methods import (
-    ADVANTAGES,
-    DEMONSTRATIONS_ONLY,
-    PRESETS,
-    AdvantageConfig,
-    GrpoConfig,
-    LuffyConfig,
-    ObjectiveConfig,
-    PsftConfig,
-    SftConfig,
-    SftKlConfig,
-    SrftConfig,
-)
+from megatron_srft.config.kl import KlConfig
+from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
+from megatron_srft.config.mixed import SrftConfig
 from megatron_srft.config.rewards import REWARDS, VERIFIERS, RewardConfig, with_limit
 from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig
 from megatron_srft.config.setup import (
@@ -69,6 +60,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=LocalRolloutConfig)
     rewards: tuple[RewardConfig, ...] = (MathRewardConfig(),)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
     objective: ObjectiveConfig = field(default_factory=SrftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -103,6 +95,19 @@ class RunConfig:
         )
         if not self.stages:
             self._check_old_policy(self.objective)
+            self._check_kl()
+
+    def _check_kl(self) -> None:
+        require(
+            self.kl.coefficient == 0 or self.samples_rollouts,
+            f"kl.coefficient is {self.kl.coefficient}, and objective {self.objective.kind} has no rollouts to take the "
+            "divergence on; set it to 0 (for demonstrations there is objective.kind sft_kl)",
+        )
+        require(
+            not self.kl.coefficient or self.kl.against == "reference" or self.batch.updates_per_step > 1,
+            "kl.against old has no effect with one update per step, when the old policy is the current one; raise "
+            "batch.updates_per_step, or choose kl.against reference",
+        )
 
     def _check_old_policy(self, objective: ObjectiveConfig) -> None:
         updates = self.batch.updates_per_step
@@ -125,12 +130,12 @@ class RunConfig:
     @property
     def samples_rollouts(self) -> bool:
         """Whether a step samples completions and scores them."""
-        return self.objective.kind not in DEMONSTRATIONS_ONLY
+        return self.objective.samples_rollouts
 
     @property
     def uses_demonstrations(self) -> bool:
         """Whether a step has demonstrations. GRPO learns nothing from them; its advantage may count them if told to."""
-        return self.objective.kind != "grpo" or bool(self.advantage.include_demonstration)
+        return self.objective.learns_from_demonstrations or bool(self.advantage.include_demonstration)
 
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""
@@ -315,7 +320,7 @@ def _visible(location: list[str]) -> list[str]:
     return [part for part in location if part not in KINDS]
 
 
-KINDS = {"local", "replay", *REWARDS, "sft", "sft_kl", "psft", "grpo", "luffy", "srft"}
+KINDS = {"local", "replay", *REWARDS, *OBJECTIVES}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""
 
 
@@ -324,10 +329,7 @@ def _names_at(location: list[str]) -> list[str]:
     sections = {"": RunConfig} | {
         f.name: f.default_factory for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)
     }
-    tagged = {
-        "local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, "sft": SftConfig,
-        "sft_kl": SftKlConfig, "psft": PsftConfig, "grpo": GrpoConfig, "luffy": LuffyConfig, "srft": SrftConfig,
-    }  # fmt: skip
+    tagged = {"local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, **OBJECTIVES}
     cls = RunConfig
     for part in location:
         cls = tagged.get(part) or sections.get(part) or cls

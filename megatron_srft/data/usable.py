@@ -17,7 +17,7 @@ def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
     """
     prompts, kind = dataset.prompts, config.objective.kind
     demonstrated = tuple(prompt for prompt in prompts if prompt.demonstrations)
-    if kind != "grpo" and not demonstrated:
+    if config.objective.learns_from_demonstrations and not demonstrated:
         too_long = dataset.report.total.overlong_demonstrations
         remedy = (
             f"{too_long} were dropped as longer than data.max_demonstration_tokens, so raise that"
