@@ -2,7 +2,7 @@
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -58,10 +58,17 @@ class Panel:
     """lines, exact (lines without smoothing), log (logarithmic y axis) or stacked (areas on top of each other)."""
     note: str = ""
     """One sentence under the plot."""
+    x_label: str = "step"
+    bands: dict[str, tuple[Series, Series]] = field(default_factory=dict)
+    """Name of a line -> lower and upper edge of the area shaded behind it."""
 
 
-def draw(panel: Panel, last_step: int, stage_starts: list[tuple[int, str]]) -> str:
-    """Return the panel's plot as one <svg> element without ids or addresses that could leave the page."""
+def draw(panel: Panel, last_step: float, stage_starts: list[tuple[int, str]]) -> str:
+    """Return the panel's plot as one <svg> element without ids or addresses that could leave the page.
+
+    Args:
+        last_step: where the x axis ends, in its own unit.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -88,13 +95,19 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         points = thin(series)
         steps, values = [step for step, _ in points], [value for _, value in points]
         smooth = len(points) >= SMOOTH_FROM and panel.kind != "exact"
-        # A line that lies on an earlier one is dashed, so that both are seen.
-        dashes = (0, (4, 4)) if series in list(panel.lines.values())[:number] else "solid"
+        # A line that lies on an earlier one, or has an earlier one's colour, is dashed, so that both are seen.
+        seen = number >= NUM_COLOURS or series in list(panel.lines.values())[:number]
+        dashes = (0, (4, 4)) if seen else "solid"
         marker = "o" if len(points) <= 25 else ""
         axes.plot(steps, values, color=colour, lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1.0,
                   marker=marker, markersize=3, ls=dashes)  # fmt: skip
         if smooth:
             axes.plot(steps, running_mean(values, max(len(values) // 25, 3)), color=colour, lw=1.8, ls=dashes)
+    for number, name in enumerate(panel.lines):
+        if name in panel.bands:
+            low, high = (thin(edge) for edge in panel.bands[name])
+            axes.fill_between([x for x, _ in low], [y for _, y in low], [y for _, y in high],
+                              color=COLOURS[number % NUM_COLOURS], alpha=0.15, lw=0)  # fmt: skip
 
 
 def _draw_areas(axes: "Axes", lines: dict[str, Series]) -> None:
@@ -106,7 +119,7 @@ def _draw_areas(axes: "Axes", lines: dict[str, Series]) -> None:
     axes.stackplot(x, [[value for _, value in series] for series in filled], colors=colours, alpha=0.85, lw=0)
 
 
-def _dress(axes: "Axes", panel: Panel, last_step: int, stage_starts: list[tuple[int, str]]) -> None:
+def _dress(axes: "Axes", panel: Panel, last_step: float, stage_starts: list[tuple[int, str]]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     if panel.kind == "log":
@@ -115,11 +128,12 @@ def _dress(axes: "Axes", panel: Panel, last_step: int, stage_starts: list[tuple[
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.minorticks_off()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlim(-0.012 * max(last_step, 1), 1.012 * max(last_step, 1))
+    end = last_step or 1
+    axes.set_xlim(-0.012 * end, 1.012 * end)
     axes.margins(y=0.08)
     if panel.kind == "stacked" or panel.unit.startswith("share"):
         axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.unit)
     for step, name in stage_starts if len(stage_starts) > 1 else []:
         axes.axvline(step, color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)

@@ -157,12 +157,16 @@ def plots(run: Run, panels: list[Panel], missing: list[str]) -> str:
 
 
 def figure(panel: Panel, svg: str) -> str:
-    chips = (
-        element("span", element("i", style=f"background:var(--c{number % NUM_COLOURS})"), escape(key))
-        for number, key in enumerate(panel.lines)
-    )
+    chips = (element("span", element("i", style=chip(number)), escape(key)) for number, key in enumerate(panel.lines))
     caption = element("figcaption", escape(panel.note)) if panel.note else ""
     return element("figure", element("h3", escape(panel.title)), element("div", *chips, class_="legend"), svg, caption)
+
+
+def chip(number: int) -> str:
+    """Style of a line's mark in the legend; lines that have an earlier one's colour are dashed."""
+    colour = f"var(--c{number % NUM_COLOURS})"
+    dashed = f"repeating-linear-gradient(90deg, {colour} 0 4px, transparent 4px 7px)"
+    return f"background:{colour if number < NUM_COLOURS else dashed}"
 
 
 # ---------------------------------------------------------------- accounting and samples
