@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_srft.config import AdvantageConfig, RewardConfig, name_streams
+from megatron_srft.metrics.reflection import keyword_rates
 from megatron_srft.sample import Completion, Group, Score, TrainingSequence
 
 
@@ -181,6 +182,7 @@ def group_statistics(groups: list[Group]) -> dict[str, float]:
     groups/...                  shares of the groups with completions: all or none correct, or all rewards equal (no
                                 signal for a group advantage without its demonstration)
     demonstration_solved        share of scored demonstrations that the verifier accepts
+    reflection/...              keywords of second thoughts in the completions (metrics/reflection.py)
     response_length/...         tokens, over all completions, those that ended by themselves, those cut at the limit
     reward/<stream>             mean of a stream before its weight; reward_std/... its standard deviation over all
                                 completions; reward_correct/..., reward_wrong/... its mean over the right and the others
@@ -209,6 +211,7 @@ def group_statistics(groups: list[Group]) -> dict[str, float]:
         **{name: float(np.mean(values)) for name, values in shares.items() if values},
         **{f"reward_std/{name}": float(np.std(shares[f"reward/{name}"])) for name in streams},
         **_length_statistics(completions),
+        **keyword_rates([c.text for c in completions], sum(len(c.token_ids) for c in completions)),
         "count/groups": float(len(groups)),
         "count/completions": float(len(completions)),
         "count/demonstrations": float(sum(group.demonstration is not None for group in groups)),

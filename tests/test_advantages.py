@@ -202,6 +202,8 @@ def test_statistics():
             "response_length/stopped/max": 4,
             "response_length/truncated/mean": 5,
             "response_length/truncated/max": 5,
+            **{f"reflection/{word}": 0.0 for word in ("wait", "recheck", "retry", "alternatively", "however")},
+            "reflection/per_1k_tokens": 0.0,
             "count/groups": 3,
             "count/completions": 6,
             "count/demonstrations": 2,
@@ -220,6 +222,16 @@ def test_statistics_per_reward_stream():
     assert (statistics["reward/mean"], statistics["reward/math"], statistics["reward/format"]) == (0.75, 0.5, 0.25)
     assert (statistics["reward_std/math"], statistics["reward_std/format"]) == (0.5, 0.25)
     assert (statistics["reward_correct/format"], statistics["reward_wrong/format"]) == (0.5, 0.0)
+
+
+def test_statistics_count_second_thoughts_of_the_completions():
+    texts = ("Wait, no. 7", "Alternatively 7; wait, however")
+    completions = tuple(replace(completion(5), text=text) for text in texts)
+    group = Group(prompt=prompt("a"), completions=completions, scores=(Score(reward=0.0), Score(reward=0.0)))
+    statistics = group_statistics([group])
+    tokens = sum(len(c.token_ids) for c in completions)
+    assert (statistics["reflection/wait"], statistics["reflection/alternatively"]) == (1.0, 0.5)
+    assert statistics["reflection/per_1k_tokens"] == pytest.approx(1000 * 4 / tokens)
 
 
 def test_a_stream_of_right_answers_alone_has_no_mean_over_wrong_ones():
