@@ -93,7 +93,7 @@ def our_config(options: argparse.Namespace, data: Path, folder: Path):
 
 def run_ours(options: argparse.Namespace, data: Path, folder: Path) -> Measurement:
     """The stages of train.train, timed; the first step's parity check, logging and saving are left out."""
-    from megatron_srft.advantages import to_sequences
+    from megatron_srft.advantages import to_sequences, with_advantages
     from megatron_srft.session import Session
     from megatron_srft.trainer import parallel
 
@@ -106,9 +106,9 @@ def run_ours(options: argparse.Namespace, data: Path, folder: Path) -> Measureme
         for stage_step in run.remaining_steps(stage):
             clock = Clock()
             rollouts = run.score(run.roll_out(run.next_prompts()))
-            sequences = to_sequences(rollouts, run.config.advantage)
+            sequences = with_advantages(to_sequences(rollouts), rollouts, run.config.advantage)
             clock.record(measurement, "generate")
-            metrics = run.update(sequences, stage_step, None)
+            metrics = run.update(sequences, stage_step)
             clock.record(measurement, "train")
             measurement.tokens.append(statistics.fmean(len(c.token_ids) for g in rollouts for c in g.completions))
             measurement.rewards.append(statistics.fmean(score.reward for g in rollouts for score in g.scores))

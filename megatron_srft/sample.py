@@ -165,6 +165,18 @@ class TrainingSequence:
     old_logprobs: np.ndarray | None = None
     """[response] float32; the trainer's log-probs before the step. None: use the current ones (first update)."""
 
+    policy_logprobs: np.ndarray | None = None
+    """[response] float32; the trainer's log-probs before the step, where they have been measured."""
+
+    reference_logprobs: np.ndarray | None = None
+    """[response] float32; the reference policy's log-probs; None unless something is held near it."""
+
+    values: np.ndarray | None = None
+    """[response] float32; the critic's value before each response token; None without a critic."""
+
+    returns: np.ndarray | None = None
+    """[response] float32; what the critic is to predict; None without a critic."""
+
     pooled_entropy: float | None = None
     """Entropy before the step, averaged over the sequence's group or the whole batch; only for objectives that ask."""
 
@@ -218,6 +230,18 @@ class PackedBatch:
 
     old_logprobs: torch.Tensor | None
     """[rows] float32; None: the objective uses the current log-probs, detached."""
+
+    reference_logprobs: torch.Tensor | None
+    """[rows] float32; the reference policy's; None unless the loss holds the policy near it."""
+
+    values: torch.Tensor | None
+    """[rows] float32; the critic's values before the step; None without a critic."""
+
+    returns: torch.Tensor | None
+    """[rows] float32; what the critic is to predict; None without a critic."""
+
+    group: torch.Tensor
+    """[rows] int64; index of the row's group within the step."""
 
     pooled_entropy: torch.Tensor | None
     """[rows] float32; None unless the objective pools entropy over groups or the batch."""

@@ -1,9 +1,9 @@
 """One run: its parts, and the stages of the loop as methods, in the order in which `train.train` calls them."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -11,7 +11,7 @@ from megatron_srft import config as configuration
 from megatron_srft.advantages import group_statistics, to_sequences
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
-from megatron_srft.config import ConfigError, RunConfig
+from megatron_srft.config import RunConfig
 from megatron_srft.data import (
     Dataset,
     PromptStream,
@@ -21,18 +21,19 @@ from megatron_srft.data import (
     usable_prompts,
 )
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
+from megatron_srft.dynamic_sampling import refill
 from megatron_srft.evaluate import evaluate, load_held_out
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
-from megatron_srft.presence import claim_folder
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.sample import Group, Prompt, TrainingSequence
+from megatron_srft.saves import Saves
 from megatron_srft.stages import Stage, stage_of, stages_of
-from megatron_srft.trainer import checkpoint, manifest, parallel, publish
+from megatron_srft.trainer import parallel
 from megatron_srft.trainer.conversion import read_hf_config
-from megatron_srft.trainer.manifest import CheckpointError, Progress
+from megatron_srft.trainer.manifest import Progress
 from megatron_srft.trainer.old_policy import OldPolicy, remarks
 from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
@@ -52,9 +53,11 @@ class Session:
         self.groups, self.folder = groups, config.folder
         self.stages = stages_of(config)
         self.total_steps = sum(stage.config.steps for stage in self.stages)
-        found = self._find_checkpoint(config)
-        progress = found[1] if found else Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
+        self.saves = Saves(config, groups)
+        found = self.saves.progress
+        progress = found or Progress(step=0, stage=self.stages[0].name, stage_step=0, policy_version=0)
         self.step, self.stage_step = progress.step, progress.stage_step
+        self.batches_drawn = self.step if progress.batches_drawn is None else progress.batches_drawn
         self.stage = stage_of(progress, self.stages)
         if found and self.step == self.total_steps and is_main():
             print(
@@ -76,13 +79,13 @@ class Session:
         self.trainer = Trainer(self.config, groups)
         self.old_policy = OldPolicy(self.config)
         if found:
-            self._restore(*found)
+            self.old_policy.restore(self.saves.restore(self.trainer))
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         self.synced_version: int | None = None
         self.parity_due = True
-        self.saved_step = self.step if found else None
         self.parity: dict[str, float] = {}
-        self.accounting: dict[str, float] = {}
+        self.accounting: Counter[str] = Counter()
+        self.sampling: dict[str, float] = {}
         self.sink = self._open_sink(config)
         self.timer = Timer()
         self.stop = StopRequest()
@@ -116,8 +119,8 @@ class Session:
             yield self.stage_step
 
     def next_prompts(self) -> list[Prompt]:
-        self.parity, self.accounting = {}, {}
-        return self.stream.batch(self.step, self.config.batch.prompts_per_step)
+        self.batches_drawn += 1
+        return self.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
 
     def roll_out(self, prompts: list[Prompt]) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step."""
@@ -150,52 +153,42 @@ class Session:
             scores = [(g.scores, g.demonstration_score) for g in share]
             everyone = all_gather_objects((scores, counts), world)
         shares = [shares for shares, _ in everyone]
-        self.accounting = {f"accounting/{name}": sum(c[name] for _, c in everyone) for name in counts}
+        self.accounting.update({f"accounting/{name}": sum(c[name] for _, c in everyone) for name in counts})
         ordered = [shares[i % size(world)][i // size(world)] for i in range(len(groups))]
         return [
             replace(g, scores=scores, demonstration_score=demonstration_score)
             for g, (scores, demonstration_score) in zip(groups, ordered, strict=True)
         ]
 
-    def check_parity(self, sequences: list[TrainingSequence]) -> list[SequenceStats] | None:
-        """Compare trainer and engine log-probs when it is due; the measurement is handed on, as it may be of use."""
-        every = self.config.parity.every
-        due = self.parity_due or (every > 0 and self.step % every == 0)
-        if not self.stage.samples_rollouts or self.config.rollout.kind == "replay" or not due:
-            return None
-        with self.timer("parity"):
-            measured = self.trainer.measure(sequences)
-            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
-            report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
-            if not check_parity(report, self.config.parity, f"before step {self.step + 1}") and is_main():
-                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
-        self.parity_due = False
-        self.parity = report.metrics()
-        return measured
+    def refill(self, groups: list[Group]) -> list[Group]:
+        """DAPO's dynamic sampling: more groups in place of those with answers all right or all wrong."""
+        batch = self.config.batch
+        if not batch.dynamic_sampling:
+            return groups
 
-    def add_old_policy(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
-        """PSFT, SFT-KL: demonstrations with their log-probs under the old policy, which is refreshed when it is due."""
-        if self.old_policy.window(stage_step) is None:
-            return sequences
-        begun = self.step - stage_step
+        def sample() -> list[Group]:
+            return self.score(self.roll_out(self.next_prompts()))
 
-        def upcoming(later: int) -> list[TrainingSequence]:
-            prompts = self.stream.batch(begun + later, self.config.batch.prompts_per_step)
-            return to_sequences(self._demonstrated(prompts, begun + later), self.config.advantage)
+        groups, self.sampling = refill(groups, sample, batch.prompts_per_step, batch.max_draws)
+        return groups
 
-        with self.timer("refresh"):
-            return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
+    def measure(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
+        """The sequences with what is measured before the step: log-probs of this policy, the old one, the reference."""
+        self.trainer.refresh_reference(stage_step)
+        measured = self._check_parity(sequences)
+        sequences = self._add_old_policy(sequences, stage_step)
+        with self.timer("measure"):
+            return self.trainer.prepare(sequences, measured)
 
-    def update(
-        self, sequences: list[TrainingSequence], stage_step: int, measured: list[SequenceStats] | None
-    ) -> dict[str, float]:
+    def update(self, sequences: list[TrainingSequence], stage_step: int) -> dict[str, float]:
         with self.timer("train"):
-            metrics = self.trainer.step(sequences, stage_step, measured)
+            metrics = self.trainer.step(sequences, stage_step)
         return {**metrics, "count/tokens": sum(len(s.token_ids) for s in sequences)}
 
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
-        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
+        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting, **self.sampling}
+        self.parity, self.accounting, self.sampling = {}, Counter(), {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
         between_steps = seconds.get("time/evaluate", 0.0) + seconds.get("time/save", 0.0)
@@ -238,6 +231,35 @@ class Session:
             print(f"model:  {self.folder / 'hf' / 'final'}", flush=True)
 
     # ------------------------------------------------------------ parts of the stages
+
+    def _check_parity(self, sequences: list[TrainingSequence]) -> list[SequenceStats] | None:
+        """Compare trainer and engine log-probs when it is due; the measurement is handed on, as it may be of use."""
+        every = self.config.parity.every
+        due = self.parity_due or (every > 0 and self.step % every == 0)
+        if not self.stage.samples_rollouts or self.config.rollout.kind == "replay" or not due:
+            return None
+        with self.timer("parity"):
+            measured = self.trainer.measure(sequences)
+            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
+            report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
+            if not check_parity(report, self.config.parity, f"before step {self.step + 1}") and is_main():
+                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
+        self.parity_due = False
+        self.parity = report.metrics()
+        return measured
+
+    def _add_old_policy(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
+        """PSFT, SFT-KL: demonstrations with their log-probs under the old policy, which is refreshed when it is due."""
+        if self.old_policy.window(stage_step) is None:
+            return sequences
+        begun = self.batches_drawn - 1 - stage_step
+
+        def upcoming(later: int) -> list[TrainingSequence]:
+            prompts = self.stream.batch(begun + later, self.config.batch.prompts_per_step)
+            return to_sequences(self._demonstrated(prompts, self.step - stage_step + later))
+
+        with self.timer("refresh"):
+            return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
 
     def _demonstrated(self, prompts: list[Prompt], step: int) -> list[Group]:
         """Groups without completions: each prompt with its demonstration of the step."""
@@ -283,21 +305,11 @@ class Session:
             stage=self.stage.name,
             stage_step=self.stage_step,
             policy_version=self.trainer.policy_version,
+            batches_drawn=self.batches_drawn,
             skipped_in_a_row=self.trainer.skipped_in_a_row,
         )
-        if self.saved_step == self.step:
-            return
         with self.timer("save"):
-            checkpoint.save(
-                self.folder / "checkpoints",
-                self.trainer.models,
-                self.trainer.optimizer,
-                progress,
-                self.groups,
-                self.config.checkpoint.keep,
-                self.old_policy.arrays(self.stage_step),
-            )
-        self.saved_step = self.step
+            self.saves.write(self.trainer, progress, self.old_policy.arrays(self.stage_step))
 
     def _export(self, name: str) -> None:
         self.trainer.export_hf(self.folder / "hf" / name)
@@ -319,32 +331,6 @@ class Session:
         for some in (prompts, *(problems.prompts for _, problems in held_out)):
             check_vocabulary(some, self.vocab_size)
         return dataset, prompts, held_out
-
-    def _claim_folder(self) -> None:
-        self.lock = claim_folder(self.folder)
-        publish.check_writable(self.folder / "checkpoints")
-
-    def _find_checkpoint(self, config: RunConfig):
-        folder = self.folder / "checkpoints"
-        problem = publish.attempt(self._claim_folder, self.groups, main_only=True)
-        if problem is not None:
-            raise CheckpointError(f"checkpoints cannot be written: {problem}")
-        if not config.checkpoint.resume:
-            if manifest.checkpoints(folder):
-                raise ConfigError(
-                    f"{folder} already holds checkpoints and checkpoint.resume is false; choose another name, or "
-                    "remove the folder"
-                )
-            return None
-        return manifest.newest_intact(folder, self.groups)
-
-    def _restore(self, path: Path, progress: Progress) -> None:
-        checkpoint.load(path, self.trainer.models, self.trainer.optimizer, self.groups)
-        self.trainer.policy_version = progress.policy_version
-        self.trainer.skipped_in_a_row = progress.skipped_in_a_row
-        self.old_policy.restore(checkpoint.read_arrays(path))
-        if is_main():
-            log.warning("resumed from %s", path)
 
     def _open_sink(self, config: RunConfig) -> MetricSink | NullSink:
         if not is_main():
@@ -368,8 +354,7 @@ class Session:
         self.stop.__exit__(*exception)
         self.scorer.close()
         self.sink.close()
-        if is_main():
-            self.lock.close()
+        self.saves.close()
 
 
 def _tested_scorer(config: RunConfig) -> Scorer:

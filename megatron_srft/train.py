@@ -8,7 +8,7 @@ import sys
 
 from megatron_srft import config as configuration
 from megatron_srft import errors
-from megatron_srft.advantages import to_sequences
+from megatron_srft.advantages import to_sequences, with_advantages
 from megatron_srft.config import RunConfig
 from megatron_srft.presence import end_with_launcher
 from megatron_srft.session import Session
@@ -23,10 +23,11 @@ def train(run: Session) -> None:
             prompts = run.next_prompts()
             groups = run.roll_out(prompts)
             groups = run.score(groups)
-            sequences = to_sequences(groups, run.config.advantage, run.config.rewards)
-            measured = run.check_parity(sequences)
-            sequences = run.add_old_policy(sequences, stage_step)
-            metrics = run.update(sequences, stage_step, measured)
+            groups = run.refill(groups)
+            sequences = to_sequences(groups)
+            sequences = run.measure(sequences, stage_step)
+            sequences = with_advantages(sequences, groups, run.config.advantage, run.config.rewards, run.config.kl)
+            metrics = run.update(sequences, stage_step)
             run.finish_step(groups, metrics)
             if run.interrupted():
                 return

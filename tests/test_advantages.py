@@ -7,14 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_srft.advantages import (
-    centred_returns,
-    discounted,
-    group_advantages,
-    group_statistics,
-    to_sequences,
-    token_returns,
-)
+from megatron_srft.advantages import group_advantages, group_statistics, to_sequences, with_advantages
+from megatron_srft.advantages.formulas import centred_returns
+from megatron_srft.advantages.returns import discounted, token_returns
 from megatron_srft.config import (
     AdvantageConfig,
     CosineRewardConfig,
@@ -32,6 +27,10 @@ from megatron_srft.sample import Completion, Demonstration, Group, Prompt, Score
 
 def config(kind="group", *, normalize_std=False, include_demonstration=False):
     return AdvantageConfig(kind=kind, normalize_std=normalize_std, include_demonstration=include_demonstration)
+
+
+def sequences_of(groups, settings, rewards=()):
+    return with_advantages(to_sequences(groups), groups, settings, rewards)
 
 
 def test_mean_only():
@@ -128,7 +127,7 @@ GROUPS = [
 
 
 def test_sequences_in_order():
-    sequences = to_sequences(GROUPS, config(include_demonstration=True))
+    sequences = sequences_of(GROUPS, config(include_demonstration=True))
     assert [(s.group, s.is_demonstration, s.prompt_length, s.response_length) for s in sequences] == [
         (0, False, 3, 2), (0, False, 3, 5), (0, True, 3, 4),
         (1, False, 1, 4), (1, False, 1, 1),
@@ -145,7 +144,7 @@ def test_sequences_in_order():
 
 
 def test_a_truncated_demonstration_has_no_advantage_and_does_not_move_its_group():
-    sequences = to_sequences(GROUPS, config(include_demonstration=True))
+    sequences = sequences_of(GROUPS, config(include_demonstration=True))
     assert sequences[5].advantages.tolist() == [0.0] * 3
     assert sequences[7].advantages.tolist() == [0.0] * 2
 
@@ -153,24 +152,24 @@ def test_a_truncated_demonstration_has_no_advantage_and_does_not_move_its_group(
 @pytest.mark.parametrize("status", ["timeout", "crash", "unverifiable"])
 def test_a_demonstration_on_which_the_verifier_failed_is_not_pushed_down(status):
     failed = replace(GROUPS[0], demonstration_score=Score(reward=0.0, correct=None, status=status))
-    sequences = to_sequences([failed], config(include_demonstration=True))
+    sequences = sequences_of([failed], config(include_demonstration=True))
     assert [s.advantages[0] for s in sequences] == [0.5, -0.5, 0.0]
 
 
 def test_a_wrong_demonstration_counts_as_wrong():
     wrong = replace(GROUPS[0], demonstration_score=Score(reward=0.0, correct=False, status="no_answer"))
-    sequences = to_sequences([wrong], config(include_demonstration=True))
+    sequences = sequences_of([wrong], config(include_demonstration=True))
     assert [s.advantages[0] for s in sequences] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
 
 def test_a_demonstration_left_out_of_the_group_still_gives_a_sequence():
-    sequences = to_sequences(GROUPS[:1], config(include_demonstration=False))
+    sequences = sequences_of(GROUPS[:1], config(include_demonstration=False))
     assert [s.advantages[0] for s in sequences] == [0.5, -0.5, 0.0]
 
 
 def test_demonstrations_alone_make_an_sft_step():
     group = Group(prompt=prompt("a"), completions=(), demonstration=EXPERT)
-    (sequence,) = to_sequences([group], config())
+    (sequence,) = sequences_of([group], config())
     assert sequence.is_demonstration and sequence.advantages.tolist() == [0.0] * 4
 
 
@@ -178,12 +177,12 @@ def test_a_failed_verification_is_not_correct():
     group = Group(
         prompt=prompt("a"), completions=(completion(1),), scores=(Score(reward=0.0, correct=None, status="timeout"),)
     )
-    assert [s.correct for s in to_sequences([group], config())] == [False]
+    assert [s.correct for s in sequences_of([group], config())] == [False]
 
 
 def test_unscored_completions_are_a_bug():
     with pytest.raises(AssertionError, match="not scored"):
-        to_sequences([Group(prompt=prompt("a"), completions=(completion(1),))], config())
+        sequences_of([Group(prompt=prompt("a"), completions=(completion(1),))], config())
 
 
 def test_statistics():
@@ -338,14 +337,14 @@ def test_gamma_one_with_terminal_rewards_changes_no_bit(kind, normalize_std, inc
     values, value = group_advantages([s.reward for s in scores[:4]], scores[4].reward, settings)
     expected = [np.full(n, v, np.float32) for n, v in zip((3, 1, 4, 2, 4), [*values, value or 0.0], strict=True)]
     for rewards in ((), (ExactRewardConfig(),)):
-        found = [s.advantages for s in to_sequences([group], settings, rewards)]
+        found = [s.advantages for s in sequences_of([group], settings, rewards)]
         assert [a.tobytes() for a in found] == [e.tobytes() for e in expected]
 
 
 def test_each_member_counts_once_whatever_its_length():
     """Mean 0 and unbiased variance 1 over the group, in the measure that gives every member the same weight."""
     members = [token_returns(dense_score(n, n, n % 2 == 0), n, STREAMS) for n in (5, 90, 1, 33)]
-    advantages = centred_returns(members, AdvantageConfig(normalize_std=True, std_epsilon=0.0))
+    advantages = centred_returns(members, AdvantageConfig(kind="group", normalize_std=True, std_epsilon=0.0))
     assert np.mean([a.mean() for a in advantages]) == pytest.approx(0, abs=1e-12)
     assert sum((a**2).mean() for a in advantages) / 3 == pytest.approx(1, rel=1e-12)
     slope = (advantages[1][0] - advantages[1][50]) / (members[1][0] - members[1][50])
@@ -368,7 +367,7 @@ def dense_group(**more):
 
 def test_dense_rewards_reach_the_tokens():
     settings = config(normalize_std=True)
-    first, second = to_sequences([dense_group()], settings, REWARDS)
+    first, second = sequences_of([dense_group()], settings, REWARDS)
     returns = [double_loop(dense_score(4, 1), 4, STREAMS), double_loop(dense_score(2, 2, False), 2, STREAMS)]
     mean = (np.mean(returns[0]) + np.mean(returns[1])) / 2
     deviation = math.sqrt(sum(np.mean((np.array(r) - mean) ** 2) for r in returns))  # n - 1 = 1
@@ -383,14 +382,14 @@ def test_the_demonstration_has_returns_where_it_is_a_member():
     members = [(dense_score(4, 1), 4), (dense_score(2, 2, False), 2), (score, 4)]
     settings = config(include_demonstration=True)
     expected = centred_returns([np.array(double_loop(s, n, STREAMS)) for s, n in members], settings)
-    found = to_sequences([group], settings, REWARDS)
+    found = sequences_of([group], settings, REWARDS)
     assert [s.advantages.tolist() for s in found] == [pytest.approx(e.tolist(), rel=1e-6) for e in expected]
     failed = replace(group, demonstration_score=replace(score, correct=None, status="timeout"))
     for outside, including in ((group, False), (failed, True), (replace(group, demonstration_score=None), True)):
-        found = to_sequences([outside], config(include_demonstration=including), REWARDS)
+        found = sequences_of([outside], config(include_demonstration=including), REWARDS)
         assert found[2].advantages.tolist() == [0.0] * 4
         assert [s.advantages.tolist() for s in found[:2]] == [
-            s.advantages.tolist() for s in to_sequences([dense_group()], config(), REWARDS)
+            s.advantages.tolist() for s in sequences_of([dense_group()], config(), REWARDS)
         ]
 
 
@@ -403,7 +402,7 @@ def test_equal_returns_and_empty_responses():
     def advantages(*scores):
         completions = tuple(completion(len(score.dense["repetition"])) for score in scores)
         group = Group(prompt=prompt("a"), completions=completions, scores=scores)
-        return [s.advantages.tolist() for s in to_sequences([group], config(normalize_std=True), rewards)]
+        return [s.advantages.tolist() for s in sequences_of([group], config(normalize_std=True), rewards)]
 
     assert advantages(clean, nothing) == [[0.0] * 3, []]
     assert advantages(dirty) == [[0.0] * 3]

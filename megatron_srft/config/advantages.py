@@ -7,17 +7,22 @@ from megatron_srft.config.base import require_at_least, section
 
 @section
 class AdvantageConfig:
-    kind: Literal["group", "leave_one_out"] = "group"
-    """group: reward minus the group's mean (GRPO). leave_one_out: minus the mean of the others (RLOO)."""
+    kind: Literal["group", "leave_one_out", "none"] | None = None
+    """group: reward minus the group's mean (GRPO). leave_one_out: minus the mean of the others (RLOO). none: the return
+    itself (REINFORCE, REINFORCE++). null: the objective's published setting."""
 
     normalize_std: bool | None = None
     """Divide by the group's standard deviation (GRPO) or not (Dr.GRPO). null: the objective's published setting."""
+
+    normalize_batch: bool | None = None
+    """Then subtract the mean over all rollout tokens of the step, and divide by their standard deviation (REINFORCE++,
+    PPO). null: the objective's published setting."""
 
     include_demonstration: bool | None = None
     """Count the demonstration as a member of its group. null: the objective's published setting."""
 
     std_epsilon: float = 1e-6
-    """Added to the standard deviation; a group with equal rewards gets advantage 0 whatever this is."""
+    """Added to a standard deviation; a group with equal rewards gets advantage 0 whatever this is."""
 
     def __post_init__(self):
         require_at_least(0, self, "advantage", "std_epsilon")

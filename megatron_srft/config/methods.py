@@ -1,5 +1,6 @@
 """All objectives, and the published values of their presets. A further one has its class and its place in the union."""
 
+import math
 from typing import Annotated, Any, get_args
 
 import pydantic
@@ -19,6 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "grpo": dict(clip_low=0.2, clip_high=0.2, denominator="sequence_mean"),
     "dapo": dict(clip_low=0.2, clip_high=0.28, denominator="tokens"),
     "dr_grpo": dict(clip_low=0.2, clip_high=0.2, denominator="constant"),
+    "rloo": dict(clip_low=math.inf, clip_high=math.inf, denominator="sequence_sum"),
+    "reinforce_pp": dict(clip_low=0.2, clip_high=0.2, denominator="tokens"),
     "srft-paper": dict(
         sft_weight=0.5, sft_entropy_sign=-1, rl_weight=0.1, rl_entropy_sign=1, entropy_level="sequence",
         rollout_advantage="plus_minus_one", rollout_surrogate="logprob", demonstration_shaping="none",
@@ -32,15 +35,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Published values per preset; sources in docs/objectives.md."""
 
-ADVANTAGES: dict[str, dict[str, bool]] = {
-    "sft": dict(normalize_std=True, include_demonstration=False),
-    "sft_kl": dict(normalize_std=True, include_demonstration=False),
-    "psft": dict(normalize_std=True, include_demonstration=False),
-    "grpo": dict(normalize_std=True, include_demonstration=False),
-    "dapo": dict(normalize_std=True, include_demonstration=False),
-    "dr_grpo": dict(normalize_std=False, include_demonstration=False),
-    "luffy": dict(normalize_std=False, include_demonstration=True),
-    "srft-paper": dict(normalize_std=True, include_demonstration=True),
-    "srft-released": dict(normalize_std=False, include_demonstration=True),
+GROUP = dict(kind="group", normalize_std=True, normalize_batch=False, include_demonstration=False)
+GROUP_MEAN = GROUP | dict(normalize_std=False)
+
+ADVANTAGES: dict[str, dict[str, Any]] = {
+    "sft": GROUP,
+    "sft_kl": GROUP,
+    "psft": GROUP,
+    "grpo": GROUP,
+    "dapo": GROUP,
+    "dr_grpo": GROUP_MEAN,
+    "rloo": GROUP_MEAN | dict(kind="leave_one_out"),
+    "reinforce_pp": GROUP_MEAN | dict(kind="none", normalize_batch=True),
+    "luffy": GROUP_MEAN | dict(include_demonstration=True),
+    "srft-paper": GROUP | dict(include_demonstration=True),
+    "srft-released": GROUP_MEAN | dict(include_demonstration=True),
 }
 """Published advantage settings per objective or preset."""

@@ -12,8 +12,9 @@ class GrpoConfig:
     samples_rollouts: ClassVar[bool] = True
     learns_from_demonstrations: ClassVar[bool] = False
 
-    preset: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """grpo: clip 0.2, sequence_mean, std. dapo: clip 0.2/0.28, tokens, std. dr_grpo: clip 0.2, constant, no std."""
+    preset: Literal["grpo", "dapo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    """grpo: clip 0.2, sequence_mean, std. dapo: clip 0.2/0.28, tokens, std. dr_grpo: clip 0.2, constant, no std.
+    rloo: no clip, sequence_sum, leave-one-out. reinforce_pp: clip 0.2, tokens, no group, normalised over the batch."""
 
     clip_low: float | None = None
     """The importance ratio is clipped below at 1 - clip_low. null: the preset's."""

@@ -96,6 +96,7 @@ class RunConfig:
         if not self.stages:
             self._check_old_policy(self.objective)
             self._check_kl()
+            self._check_dynamic_sampling()
 
     def _check_kl(self) -> None:
         require(
@@ -107,6 +108,18 @@ class RunConfig:
             not self.kl.coefficient or self.kl.against == "reference" or self.batch.updates_per_step > 1,
             "kl.against old has no effect with one update per step, when the old policy is the current one; raise "
             "batch.updates_per_step, or choose kl.against reference",
+        )
+
+    def _check_dynamic_sampling(self) -> None:
+        if not self.batch.dynamic_sampling:
+            return
+        require(
+            self.samples_rollouts and not self.objective.learns_from_demonstrations,
+            f"batch.dynamic_sampling drops prompts that objective {self.objective.kind} learns from; set it to false",
+        )
+        require(
+            self.batch.rollouts_per_prompt > 1,
+            "batch.dynamic_sampling needs batch.rollouts_per_prompt above 1: one answer is never both right and wrong",
         )
 
     def _check_old_policy(self, objective: ObjectiveConfig) -> None:

@@ -179,8 +179,20 @@ class BatchConfig:
     updates_per_step: int = 1
     """Optimizer updates made from one step's rollouts, each over its own share of the prompts."""
 
+    dynamic_sampling: bool = False
+    """Keep only prompts with both right and wrong answers, and draw more until there are prompts_per_step (DAPO)."""
+
+    max_draws: int = 10
+    """Batches of prompts that dynamic sampling may draw for one step; then the step goes on with what it has."""
+
     def __post_init__(self):
-        for key in ("prompts_per_step", "rollouts_per_prompt", "tokens_per_microbatch", "updates_per_step"):
+        for key in (
+            "prompts_per_step",
+            "rollouts_per_prompt",
+            "tokens_per_microbatch",
+            "updates_per_step",
+            "max_draws",
+        ):
             require(getattr(self, key) >= 1, f"batch.{key} must be at least 1")
         require(
             self.prompts_per_step % self.updates_per_step == 0,

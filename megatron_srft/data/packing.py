@@ -87,9 +87,15 @@ def pack(sequences: Sequence[TrainingSequence], indices: tuple[int, ...], length
         return torch.tensor(np.concatenate(arrays) if arrays else np.zeros(0), dtype=dtype)
 
     zeros = [np.zeros(n, np.float32) for n in sizes]
-    rollout_logprobs = [
-        z if s.rollout_logprobs is None else s.rollout_logprobs for s, z in zip(chosen, zeros, strict=True)
-    ]
+
+    def optional(name: str) -> torch.Tensor | None:
+        """A field of every token, 0 in sequences without it; None if no sequence of the step has it."""
+        if all(getattr(s, name) is None for s in sequences):
+            return None
+        return joined(
+            [z if (v := getattr(s, name)) is None else v for s, z in zip(chosen, zeros, strict=True)], torch.float32
+        )
+
     has_old = any(s.old_logprobs is not None for s in sequences)
     has_pooled = any(s.pooled_entropy is not None for s in sequences)
     return PackedBatch(
@@ -103,8 +109,12 @@ def pack(sequences: Sequence[TrainingSequence], indices: tuple[int, ...], length
         advantages=joined([s.advantages for s in chosen], torch.float32),
         correct=per_row([s.correct for s in chosen], torch.bool),
         response_lengths=per_row(sizes, torch.float32),
-        rollout_logprobs=joined(rollout_logprobs, torch.float32),
+        rollout_logprobs=torch.zeros(sum(sizes)) if (engine := optional("rollout_logprobs")) is None else engine,
         old_logprobs=joined([s.old_logprobs for s in chosen], torch.float32) if has_old else None,
+        reference_logprobs=optional("reference_logprobs"),
+        values=optional("values"),
+        returns=optional("returns"),
+        group=per_row([s.group for s in chosen], torch.int64),
         pooled_entropy=per_row([s.pooled_entropy for s in chosen], torch.float32) if has_pooled else None,
         sequence_ids=indices,
     )

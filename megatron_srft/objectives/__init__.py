@@ -3,16 +3,11 @@
 Equations, config keys, published constants and the points where papers and code disagree: docs/objectives.md.
 """
 
-from megatron_srft.config import (
-    GrpoConfig,
-    LuffyConfig,
-    ObjectiveConfig,
-    PsftConfig,
-    SftConfig,
-    SftKlConfig,
-    SrftConfig,
-)
+from collections.abc import Callable
+
+from megatron_srft.config import KlConfig, ObjectiveConfig
 from megatron_srft.objectives.grpo import grpo
+from megatron_srft.objectives.kl import add_penalty
 from megatron_srft.objectives.luffy import luffy
 from megatron_srft.objectives.metrics import Metrics
 from megatron_srft.objectives.psft import psft
@@ -24,25 +19,29 @@ from megatron_srft.sample import Counts
 
 __all__ = ["Metrics", "ObjectiveInputs", "ObjectiveOutput", "compute", "gather_inputs", "with_importance_weights"]
 
+FORMULAS: dict[str, Callable[[ObjectiveInputs, Counts, ObjectiveConfig], ObjectiveOutput]] = {
+    "sft": sft,
+    "sft_kl": sft_kl,
+    "psft": psft,
+    "grpo": grpo,
+    "luffy": luffy,
+    "srft": srft,
+}
+"""The function of each kind of objective."""
 
-def compute(inputs: ObjectiveInputs, counts: Counts, config: ObjectiveConfig) -> ObjectiveOutput:
+NO_PENALTY = KlConfig()
+
+
+def compute(
+    inputs: ObjectiveInputs, counts: Counts, config: ObjectiveConfig, kl: KlConfig = NO_PENALTY
+) -> ObjectiveOutput:
     """This micro-batch's share of the configured objective.
 
     Args:
         inputs: the micro-batch's rows.
         counts: token populations of the whole optimizer update, over all micro-batches and ranks.
         config: a resolved objective config (`RunConfig.resolved().objective`).
+        kl: a penalty to be added where it says so.
     """
-    match config:
-        case SftConfig():
-            return sft(inputs, counts, config)
-        case SftKlConfig():
-            return sft_kl(inputs, counts, config)
-        case PsftConfig():
-            return psft(inputs, counts, config)
-        case GrpoConfig():
-            return grpo(inputs, counts, config)
-        case LuffyConfig():
-            return luffy(inputs, counts, config)
-        case SrftConfig():
-            return srft(inputs, counts, config)
+    output = FORMULAS[config.kind](inputs, counts, config)
+    return add_penalty(output, inputs, counts, config, kl) if kl.in_loss else output

@@ -12,11 +12,10 @@ that with a coefficient below 1 SFT always wins), and pulls up what has fallen. 
 
 import dataclasses
 
-import torch
-
 from megatron_srft.config import SftKlConfig
 from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, evaluate, mean_over
-from megatron_srft.ops.token_losses import LOG_RATIO_LIMIT, Term
+from megatron_srft.ops.divergence import divergence
+from megatron_srft.ops.token_losses import Term
 from megatron_srft.sample import Counts
 
 
@@ -26,8 +25,7 @@ def sft_kl(inputs: ObjectiveInputs, counts: Counts, config: SftKlConfig) -> Obje
     likelihood = Term(loss="nll", rows="demonstrations", **mean)
     output = evaluate(inputs, counts, {"sft": likelihood}, of_rollouts=False, demonstration_ratios=True)
     reference = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    d = (reference - inputs.logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    k3 = torch.where(inputs.is_demonstration, d.exp() - d - 1, 0)
+    k3 = divergence(inputs.logprobs, reference, "k3").masked_fill(~inputs.is_demonstration, 0)
     if mean["per_length"]:
         k3 = k3 / inputs.response_lengths
     penalty = config.kl_coefficient * mean["scale"] * k3.sum()

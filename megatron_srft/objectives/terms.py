@@ -59,6 +59,12 @@ class ObjectiveInputs:
     old_logprobs: Tensor | None = None
     """[rows] log-probs before the step, without gradient. None: the current ones (the ratio is 1)."""
 
+    reference_logprobs: Tensor | None = None
+    """[rows] log-probs of the reference policy, without gradient; None unless the loss holds the policy near it."""
+
+    group: Tensor | None = None
+    """[rows] int64; index of the row's group within the step."""
+
     pooled_entropy: Tensor | None = None
     """[rows] entropy before the step, averaged over the row's group or the batch; None unless the objective asks."""
 
@@ -92,6 +98,8 @@ def gather_inputs(batch: PackedBatch, stats: TokenStats) -> ObjectiveInputs:
         response_lengths=batch.response_lengths,
         rollout_logprobs=batch.rollout_logprobs,
         old_logprobs=batch.old_logprobs,
+        reference_logprobs=batch.reference_logprobs,
+        group=batch.group,
         pooled_entropy=batch.pooled_entropy,
     )
 

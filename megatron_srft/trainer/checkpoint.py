@@ -35,7 +35,8 @@ from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.trainer import publish
 from megatron_srft.trainer.manifest import CheckpointError, Progress, read_layout, read_progress
 from megatron_srft.trainer.publish import attempt
-from megatron_srft.trainer.state import kind, load_optimizer, model_key, sharded_state
+from megatron_srft.trainer.reference import Reference
+from megatron_srft.trainer.state import kind, load_optimizer, model_key, reference_key, sharded_state
 
 SHAPE = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "qkv_bias",
@@ -57,11 +58,13 @@ def save(
     groups: ProcessGroups,
     keep: int,
     arrays: dict[str, np.ndarray] | None = None,
+    reference: Reference | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` (collective) and delete all but the newest `keep` checkpoints.
 
     Args:
         arrays: further numbers, the same on every rank, for `read_arrays`.
+        reference: the policy that the run is held near, where there is one.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
@@ -74,12 +77,14 @@ def save(
         "data": size(groups.data),
         "optimizer": kind(optimizer),
         "model": _shape(chunks),
+        "reference": reference is not None,
     }
     arrays = arrays or {}
-    needed = _bytes_needed(chunks, optimizer) * size(groups.model) + sum(array.nbytes for array in arrays.values())
+    needed = _bytes_needed(chunks, optimizer, reference) * size(groups.model)
+    needed += sum(array.nbytes for array in arrays.values())
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
-        or _write(partial, sharded_state(chunks, optimizer, groups, loading=False), arrays, groups)
+        or _write(partial, sharded_state(chunks, optimizer, groups, reference, loading=False), arrays, groups)
         or publish.complete(partial, final, progress, layout, groups)
     )
     if problem is not None:
@@ -92,11 +97,12 @@ def save(
     return final
 
 
-def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer | None) -> int:
-    """Bytes of this rank's share of the weights and of the two float32 moments and main weights."""
+def _bytes_needed(chunks: list[GPTModel], optimizer: MegatronOptimizer | None, reference: Reference | None) -> int:
+    """Bytes of this rank's share of the weights, those of the reference, and the float32 moments and main weights."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     optimizer_bytes = 12 if optimizer is not None else 0
-    return sum(p.numel() * (p.element_size() + optimizer_bytes) for p in parameters)
+    copies = 1 if reference is None else 2
+    return sum(p.numel() * (copies * p.element_size() + optimizer_bytes) for p in parameters)
 
 
 def _write(partial: Path, state: dict[str, Any], arrays: dict[str, np.ndarray], groups: ProcessGroups) -> str | None:
@@ -138,7 +144,13 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 # ---------------------------------------------------------------- loading
 
 
-def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroups) -> Progress:
+def load(
+    path: Path,
+    chunks: list[GPTModel],
+    optimizer: MegatronOptimizer | None,
+    groups: ProcessGroups,
+    reference: Reference | None = None,
+) -> Progress:
     """Fill model and optimizer from a checkpoint of any layout; without an optimizer only the weights are read.
 
     The checkpoint must have passed `manifest.verify`.
@@ -149,14 +161,18 @@ def load(path: Path, chunks: list[GPTModel], optimizer: MegatronOptimizer | None
     _check_shape(path, chunks)
     if optimizer is not None:
         _check_kind(path, optimizer)
+    if reference is not None:
+        _check_reference(path)
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
-    state = sharded_state(chunks, optimizer, groups, loading=True)
+    state = sharded_state(chunks, optimizer, groups, reference, loading=True)
     with _weights_only():
         state = dist_checkpointing.load(state, str(path), strategy)
         for number, chunk in enumerate(chunks):
             chunk.load_state_dict(state[model_key(number, chunks)])
         if optimizer is not None:
             load_optimizer(optimizer, state["optimizer"])
+        if reference is not None:
+            reference.load([state[reference_key(number)] for number in range(len(chunks))])
     return read_progress(path)
 
 
@@ -191,6 +207,14 @@ def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:
         raise ConfigError(
             f"{path} was saved by a {saved} optimizer; set parallel.distributed_optimizer to "
             f"{str(saved == 'distributed').lower()} to go on from it"
+        )
+
+
+def _check_reference(path: Path) -> None:
+    if not read_layout(path).get("reference"):
+        raise ConfigError(
+            f"{path} holds no reference policy, which kl.coefficient above 0 needs; set it to 0 to go on from it, or "
+            "choose another name for a new run"
         )
 
 

@@ -41,6 +41,8 @@ class Progress:
     """Steps of that stage finished."""
     policy_version: int
     """Optimizer updates made."""
+    batches_drawn: int | None = None
+    """Batches of prompts drawn over all stages; None: one per step (dynamic sampling draws more)."""
     skipped_in_a_row: int = 0
     """Latest optimizer updates that were skipped for a gradient that was not finite."""
 

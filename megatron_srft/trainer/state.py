@@ -11,10 +11,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_srft.distributed import ProcessGroups
+from megatron_srft.trainer.reference import Reference
 
 
 def sharded_state(
-    chunks: list[GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroups, *, loading: bool
+    chunks: list[GPTModel],
+    optimizer: MegatronOptimizer | None,
+    groups: ProcessGroups,
+    reference: Reference | None = None,
+    *,
+    loading: bool,
 ) -> dict[str, Any]:
     metadata = {
         # The one optimizer format that loads under another layout and data-parallel size.
@@ -31,11 +37,17 @@ def sharded_state(
         _make_moments(optimizer)
         with _buffers_with_padding(optimizer):
             state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    if reference is not None:
+        state |= {reference_key(n): part for n, part in enumerate(reference.sharded_state(metadata))}
     return state
 
 
 def model_key(number: int, chunks: list[GPTModel]) -> str:
     return "model" if len(chunks) == 1 else f"model{number}"
+
+
+def reference_key(number: int) -> str:
+    return f"reference{number}"
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_srft import objectives
-from megatron_srft.config import ObjectiveConfig, ParityConfig
+from megatron_srft.config import RunConfig
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, broadcast_object, size
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
 from megatron_srft.trainer.architecture import uses_transformer_engine
@@ -59,16 +59,16 @@ def train_pass(
     policy: Policy,
     microbatches: list[PackedBatch],
     counts: Counts,
-    objective: ObjectiveConfig,
-    parity: ParityConfig,
+    config: RunConfig,
 ) -> dict[str, float]:
     """Accumulate the gradient of the update's loss; return its metrics, equal on all ranks.
 
     Args:
         microbatches: this data rank's share.
         counts: populations of the whole update, over all data ranks.
+        config: resolved; its sections objective, kl and parity are the loss.
     """
-    loss = partial(_objective_loss, counts=counts, objective=objective, parity=parity)
+    loss = partial(_objective_loss, counts=counts, config=config)
     partials = _run_schedule(policy, microbatches, loss, forward_only=False)
     return _reduce_metrics(partials, policy.groups)
 
@@ -90,12 +90,13 @@ def statistics_pass(policy: Policy, microbatches: list[PackedBatch]) -> dict[int
 
 
 def _objective_loss(
-    batch: PackedBatch, stats: TokenStats, counts: Counts, objective: ObjectiveConfig, parity: ParityConfig
+    batch: PackedBatch, stats: TokenStats, counts: Counts, config: RunConfig
 ) -> tuple[torch.Tensor, torch.Tensor, objectives.Metrics]:
     inputs = objectives.gather_inputs(batch, stats)
+    parity = config.parity
     if parity.on_failure != "stop":
         inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
-    output = objectives.compute(inputs, counts, objective)
+    output = objectives.compute(inputs, counts, config.objective, config.kl)
     # The schedule wants a token count; zero, because the loss is normalised already (see optimizer.py).
     return output.loss, torch.zeros((), dtype=torch.int, device=output.loss.device), output.metrics
 

@@ -16,6 +16,7 @@ from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
 from megatron_srft.trainer.parallel import device, seed_step
+from megatron_srft.trainer.reference import Reference
 from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass, train_pass
 from megatron_srft.weights.folder import HfFolder, write_hf_folder
 
@@ -25,7 +26,7 @@ class Trainer:
 
     trainer = Trainer(config, groups)                 # weights from config.model.path
     trainer.begin_stage(config, steps)                # fresh optimizer, the stage's objective
-    measured = trainer.measure(sequences)             # only where old log-probs or the parity gate need it
+    sequences = trainer.prepare(sequences)            # with what is to be measured before the step
     metrics = trainer.step(sequences, stage_step)     # one or more optimizer updates
     engine.update_weights(trainer.hf_weights(), trainer.policy_version)
     trainer.export_hf(folder)
@@ -55,6 +56,7 @@ class Trainer:
         self.config, self.stage_steps = config, steps
         self.policy = replace(self.policy, temperature=config.rollout.temperature)
         self.optimizer = build_optimizer(self.policy.chunks, config.optimizer, config.parallel)
+        self.reference = Reference(self.models) if config.kl.needs_reference else None
 
     def measure(self, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
         """Log-probs and entropies of every sequence under the current weights, on every rank."""
@@ -63,24 +65,44 @@ class Trainer:
         found = statistics_pass(self.policy, self.microbatches(sequences))
         return [found[index] for index in range(len(sequences))]
 
-    def step(
-        self, sequences: Sequence[TrainingSequence], stage_step: int, measured: Sequence[SequenceStats] | None = None
-    ) -> dict[str, float]:
+    def refresh_reference(self, stage_step: int) -> None:
+        """Make the current policy the reference where kl.refresh_every says so, before step `stage_step`."""
+        every = self.config.kl.refresh_every
+        if self.reference is not None and every is not None and stage_step and stage_step % every == 0:
+            self.reference.take()
+
+    def prepare(
+        self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats] | None = None
+    ) -> list[TrainingSequence]:
+        """The sequences with what the objective, a penalty and the advantages ask of the models before the step.
+
+        Args:
+            measured: what `measure` returned for these sequences, when it has been called already.
+        """
+        if measured is None and self._needs_measurement():
+            measured = self.measure(sequences)
+        if measured is not None:
+            sequences = self._with_measurements(sequences, measured)
+        if self.reference is not None:
+            rollouts = [s for s in sequences if not s.is_demonstration]
+            with self.reference.in_place():
+                found = iter(self.measure(rollouts))
+            sequences = [
+                s if s.is_demonstration else replace(s, reference_logprobs=next(found).logprobs) for s in sequences
+            ]
+        return list(sequences)
+
+    def step(self, sequences: Sequence[TrainingSequence], stage_step: int) -> dict[str, float]:
         """Update the policy from one step's sequences.
 
         Args:
-            sequences: all sequences of the step, the same list on every rank.
+            sequences: all sequences of the step, prepared, the same list on every rank.
             stage_step: steps of this stage already made; sets the learning rate.
-            measured: what `measure` returned for these sequences, when it has been called already.
 
         Returns:
             Metrics of the step's updates put together (see `_over_updates`), equal on all ranks.
         """
         seed_step(self.config.seed, self.policy_version)
-        if measured is None and self._needs_measurement():
-            measured = self.measure(sequences)
-        if measured is not None:
-            sequences = self._with_measurements(sequences, measured)
         lr = learning_rate(self.config.optimizer, stage_step, self.stage_steps)
         return {**_over_updates([self._update(part, lr) for part in self._parts(sequences)]), "lr": lr}
 
@@ -109,8 +131,7 @@ class Trainer:
             self.policy,
             self.microbatches(sequences),
             count(list(sequences)),
-            self.config.objective,
-            self.config.parity,
+            self.config,
         )
         stepped, norm = clip_and_step(self.optimizer, self.config.optimizer, lr)
         self.policy_version += stepped
@@ -152,15 +173,24 @@ class Trainer:
 
     def _needs_measurement(self) -> bool:
         """With one update per step the current log-probs are the old ones, so the extra forward pass is saved."""
-        return self.config.batch.updates_per_step > 1 or self._entropy_pool() is not None
+        several = self.config.batch.updates_per_step > 1
+        return several or self._entropy_pool() is not None or self.config.kl.in_reward
 
     def _with_measurements(
         self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]
     ) -> list[TrainingSequence]:
         pools = self._pooled_entropy(sequences, measured)
         # With a single update, leaving the old log-probs out makes the ratio exactly 1 instead of 1 up to rounding.
-        old = [m.logprobs if self.config.batch.updates_per_step > 1 else None for m in measured]
-        return [replace(s, old_logprobs=o, pooled_entropy=p) for s, o, p in zip(sequences, old, pools, strict=True)]
+        several = self.config.batch.updates_per_step > 1
+        return [
+            replace(
+                sequence,
+                policy_logprobs=stats.logprobs,
+                old_logprobs=stats.logprobs if several else sequence.old_logprobs,
+                pooled_entropy=pooled,
+            )
+            for sequence, stats, pooled in zip(sequences, measured, pools, strict=True)
+        ]
 
     def _pooled_entropy(
         self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]

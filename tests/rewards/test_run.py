@@ -5,7 +5,7 @@ import pytest
 from runs import write_inputs
 
 from megatron_srft import config as configuration
-from megatron_srft.advantages import to_sequences
+from megatron_srft.advantages import to_sequences, with_advantages
 from megatron_srft.config import from_dict
 from megatron_srft.metrics import read_metrics
 from megatron_srft.rewards import lengths, repetition
@@ -52,7 +52,8 @@ def test_every_answer_has_what_the_formulas_say(run):
 
 def test_tokens_of_one_response_have_advantages_of_their_own(run):
     config = configuration.load(run / "config.yaml").resolved()
-    sequences = to_sequences(load_dump(dump_path(run / "rollouts", 0)), config.advantage, config.rewards)
+    groups = load_dump(dump_path(run / "rollouts", 0))
+    sequences = with_advantages(to_sequences(groups), groups, config.advantage, config.rewards)
     assert max(len(np.unique(s.advantages)) for s in sequences) > 2
 
 

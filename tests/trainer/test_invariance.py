@@ -4,6 +4,7 @@ The reference is Hugging Face's own model in float64, one sequence at a time, wi
 autograd; the objective is evaluated once over all tokens. Every layout, packing and micro-batch split has to match it.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def measure(folder: str, layout: dict, tokens_per_microbatch: int, order: list[i
         for chunk in trainer.policy.chunks:
             chunk.zero_grad_buffer()
         batches = trainer.microbatches(sequences)
-        metrics = train_pass(trainer.policy, batches, count(sequences), resolved_objective(name), config.parity)
+        settings = dataclasses.replace(config, objective=resolved_objective(name))
+        metrics = train_pass(trainer.policy, batches, count(sequences), settings)
         owned = [Parameter(p.name, p.layer_offset, p.tensor.main_grad) for p in parameters(trainer.models)]
         gradients = export_hf(owned, trainer.models[0].architecture, groups)
         results[name] = metrics, {n: g.numpy().copy() for n, g in gradients}

@@ -1,0 +1,53 @@
+"""The penalty in the loss that holds the policy near another one.
+
+    loss + kl.coefficient * mean_t k(log policy(y_t) - log other(y_t))        over the rollouts' tokens
+
+GRPO (arXiv 2402.03300, equation 4) with k3, under the mean of its surrogate; against the policy before the step it is
+the penalty form of PPO (arXiv 1707.06347, equation 8). The estimators: ops/divergence.py.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_srft.config import KlConfig, ObjectiveConfig
+from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, mean_over, token_mean_over
+from megatron_srft.ops.divergence import divergence
+from megatron_srft.sample import Counts
+
+
+def add_penalty(
+    output: ObjectiveOutput, inputs: ObjectiveInputs, counts: Counts, objective: ObjectiveConfig, kl: KlConfig
+) -> ObjectiveOutput:
+    """The objective's loss with kl.coefficient times the mean divergence of the rollouts' tokens.
+
+    The mean is the objective's own over rollouts (its `denominator`), or the one over tokens where it has none.
+    Metrics: kl/reference_k1, _k3 (means over tokens) and the penalty as loss/kl.
+    """
+    denominator = getattr(objective, "denominator", "tokens")
+    mean = mean_over("rollouts", counts, Mean(denominator, getattr(objective, "constant_length", None)), kl.coefficient)
+    other = inputs.reference_logprobs
+    if kl.against == "old":
+        other = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    assert other is not None, "the reference policy's log-probs were not measured"
+    rows = divergence(inputs.logprobs, other, kl.estimator).masked_fill(inputs.is_demonstration, 0)
+    if mean["per_length"]:
+        rows = rows / inputs.response_lengths
+    penalty = mean["scale"] * rows.sum()
+    loss = output.loss + penalty
+    parts = {"loss": loss.detach(), "loss/kl": penalty.detach()}
+    if kl.against == "reference":
+        parts |= reference_figures(inputs, counts)
+    return dataclasses.replace(output, loss=loss, metrics=output.metrics | parts)
+
+
+def reference_figures(inputs: ObjectiveInputs, counts: Counts) -> dict[str, Tensor]:
+    """kl/reference_k1 and _k3: shares of the means over the rollouts' tokens."""
+    scale = token_mean_over("rollouts", counts)["scale"]
+    with torch.no_grad():
+        return {
+            f"kl/reference_{name}": scale
+            * divergence(inputs.logprobs, inputs.reference_logprobs, name).masked_fill(inputs.is_demonstration, 0).sum()
+            for name in ("k1", "k3")
+        }
