@@ -6,7 +6,7 @@ import pytest
 
 from megatron_srft import layout
 from megatron_srft.config import OpsConfig, from_dict
-from megatron_srft.ops import linear_token_logprob
+from megatron_srft.ops import linear_chunks, linear_token_logprob
 from megatron_srft.weights.architecture import Architecture, Rope
 
 QWEN_7B = Architecture(
@@ -147,8 +147,8 @@ def test_interleaved_schedules_need_a_multiple_of_the_stages():
 
 def test_constants_are_the_ops_defaults():
     assert OpsConfig().saved_logits_gib * 2**30 == linear_token_logprob.SAVED_LOGITS_BYTES
-    assert layout.CHUNK_BYTES == linear_token_logprob.CHUNK_BYTES
-    assert layout.NARROWEST_CHUNK == linear_token_logprob.NARROWEST_CHUNK
+    assert layout.CHUNK_BYTES == linear_chunks.CHUNK_BYTES
+    assert layout.NARROWEST_CHUNK == linear_chunks.NARROWEST_CHUNK
 
 
 def test_disk():

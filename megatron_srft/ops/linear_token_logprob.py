@@ -15,18 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from megatron_srft.distributed import Group
-from megatron_srft.ops import shards
+from megatron_srft.ops import linear_chunks, shards
 from megatron_srft.ops.implementations import choose, declare, kernel
+from megatron_srft.ops.linear_chunks import chunks_of, for_product, product_into
 from megatron_srft.ops.softmax_statistics import Coefficients, Statistics, full_type, gradient_coefficients, merge
 
 SAVED_LOGITS_BYTES = 4 << 30
 """Default budget for kept logits; only one micro-batch's are alive at a time."""
-
-CHUNK_BYTES = 32 << 20
-"""Full-precision logits of one chunk: they stay in the L2 cache of a data-centre GPU."""
-
-NARROWEST_CHUNK = 1024
-"""Columns below which matrix products become inefficient; more rows than CHUNK_BYTES allows make chunks larger."""
 
 RECOMPUTED_AT_ONCE = 8
 """Forward chunks that the recomputing backward pass takes together on a GPU: each costs a pass over hidden_gradient."""
@@ -63,7 +58,7 @@ def linear_token_logprob(
 
     Returns, Raises: as `token_logprob`.
     """
-    _check(hidden, weight, weight_gradient, chunk_columns)
+    linear_chunks.check(hidden, weight, weight_gradient, chunk_columns)
     shards.check_shard(len(weight), vocab_start, vocab_size, temperature, group)
     shards.check_labels(labels, len(hidden), hidden, vocab_size)
     columns = shards.valid_columns(len(weight), vocab_start, vocab_size)
@@ -78,36 +73,9 @@ def linear_token_logprob(
         vocab_start,
         columns,
         1 / temperature,
-        chunk_columns or _chunk_columns(len(hidden), full_type(hidden).itemsize),
+        chunk_columns or linear_chunks.columns_at_once(len(hidden) * full_type(hidden).itemsize),
     )
     return shards.combine(statistics, labels, vocab_size, group)
-
-
-def _check(hidden: Tensor, weight: Tensor, weight_gradient: Tensor | None, chunk_columns: int | None) -> None:
-    shards.check_matrix("hidden", hidden)
-    shards.check_matrix("weight", weight)
-    if hidden.dtype != weight.dtype or hidden.device != weight.device:
-        raise ValueError(
-            f"hidden and weight must have one type and device, got {hidden.dtype} on {hidden.device} and "
-            f"{weight.dtype} on {weight.device}"
-        )
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden and weight must have rows of one length, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if weight_gradient is not None and (
-        weight_gradient.shape != weight.shape or weight_gradient.device != weight.device
-    ):
-        raise ValueError(
-            f"weight_gradient must have the weight's shape {tuple(weight.shape)} on {weight.device}, got "
-            f"{tuple(weight_gradient.shape)} on {weight_gradient.device}"
-        )
-    if chunk_columns is not None and chunk_columns < 1:
-        raise ValueError(f"chunk_columns must be positive, got {chunk_columns}")
-
-
-def _chunk_columns(rows: int, itemsize: int) -> int:
-    return max(NARROWEST_CHUNK, CHUNK_BYTES // (max(rows, 1) * itemsize) // 128 * 128)
 
 
 class _Linear(torch.autograd.Function):
@@ -161,11 +129,11 @@ def _forward(
     in_place = keep and hidden.dtype == full  # the kept logits are the matrix product's own output
     kept = hidden.new_empty(rows, columns) if keep else hidden.new_empty(0, 0)
     workspace = hidden.new_empty(0 if in_place else rows * min(chunk, columns), dtype=full)
-    left = _for_product(hidden)
+    left = for_product(hidden)
     parts = []
-    for start, stop in _chunks(columns, chunk):
+    for start, stop in chunks_of(columns, chunk):
         target = kept[:, start:stop] if in_place else workspace[: rows * (stop - start)].view(rows, stop - start)
-        _product_into(target, left, weight[start:stop].t())
+        product_into(target, left, weight[start:stop].t())
         arguments = (target, labels, vocab_start + start, stop - start, inverse_temperature)
         if keep:
             parts.append(kernel("softmax_statistics_keep", implementation)(*arguments, kept[:, start:stop]))
@@ -195,25 +163,21 @@ def _backward(
     """The hidden states' gradient (empty unless needed); writes over `kept`, writes or adds to `weight_gradient`."""
     if keep:
         _gradient_over_kept(implementation, kept, labels, coefficients, maxima, vocab_start, chunk)
-        steps = [(0, columns)] if hidden.is_cuda or hidden.dtype == full_type(hidden) else _chunks(columns, chunk)
+        steps = [(0, columns)] if hidden.is_cuda or hidden.dtype == full_type(hidden) else chunks_of(columns, chunk)
     else:
-        steps = _chunks(columns, chunk * RECOMPUTED_AT_ONCE if hidden.is_cuda else chunk)
+        steps = chunks_of(columns, chunk * RECOMPUTED_AT_ONCE if hidden.is_cuda else chunk)
     hidden_gradient = torch.zeros_like(hidden, dtype=full_type(hidden)) if needs_hidden else None
-    left = _for_product(hidden)
+    left = for_product(hidden)
     for start, stop in steps:
-        part = weight[start:stop]
         if keep:
             gradient = kept[:, start:stop]
         else:
             logits = hidden.new_empty(len(hidden), stop - start, dtype=full_type(hidden))
-            _product_into(logits, left, part.t())
+            product_into(logits, left, weight[start:stop].t())
             arguments = (labels, coefficients, vocab_start + start, stop - start, inverse_temperature)
             kernel("softmax_gradient_", implementation)(logits, *arguments)
             gradient = logits.to(hidden.dtype)
-        if needs_hidden:
-            _product_into(hidden_gradient, gradient, part, accumulate=True)
-        if weight_gradient is not None:
-            _product_into(weight_gradient[start:stop], gradient.t(), hidden, accumulate)
+        linear_chunks.add_products(gradient, hidden, weight, start, hidden_gradient, weight_gradient, accumulate)
     if weight_gradient is not None and not accumulate:
         weight_gradient[columns:] = 0
     return hidden_gradient.to(hidden.dtype) if needs_hidden else hidden.new_empty(0)
@@ -222,7 +186,7 @@ def _backward(
 def _gradient_over_kept(implementation, kept, labels, coefficients, maxima, vocab_start, chunk) -> None:
     """t_j were kept relative to their chunk's maximum; the coefficients refer to the shard's."""
     reference = coefficients[0].masked_fill(coefficients[0] == -torch.inf, 0)
-    for maximum, (start, stop) in zip(maxima, _chunks(kept.shape[1], chunk), strict=True):
+    for maximum, (start, stop) in zip(maxima, chunks_of(kept.shape[1], chunk), strict=True):
         shift = reference - maximum.masked_fill(maximum == -torch.inf, 0)
         shifted = torch.cat((shift[None], coefficients[1:]))
         kernel("softmax_gradient_", implementation)(
@@ -230,31 +194,9 @@ def _gradient_over_kept(implementation, kept, labels, coefficients, maxima, voca
         )
 
 
-def _chunks(columns: int, chunk: int) -> list[tuple[int, int]]:
-    """Bounds of the chunks; a single empty one for a shard made only of padding."""
-    return [(start, min(start + chunk, columns)) for start in range(0, max(columns, 1), chunk)]
-
-
-def _for_product(matrix: Tensor) -> Tensor:
-    """On a CPU half-precision factors are widened: its products would round their result to half precision."""
-    return matrix if matrix.is_cuda else matrix.to(full_type(matrix))
-
-
-def _product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
-    """out (+)= left @ right, accumulated in full precision."""
-    beta = 1 if accumulate else 0
-    if out.dtype == left.dtype == right.dtype:
-        torch.addmm(out, left, right, beta=beta, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, out=out)
-    else:
-        product = _for_product(left) @ _for_product(right)
-        out.add_(product) if accumulate else out.copy_(product)
-
-
 def _fake_forward(hidden, weight, labels, vocab_start, columns, inverse_temperature, chunk, keep):
     rows, full = hidden.shape[0], full_type(hidden)
-    chunks = len(_chunks(columns, chunk)) if keep else 0
+    chunks = len(chunks_of(columns, chunk)) if keep else 0
     return (
         hidden.new_empty(4, rows, dtype=full),
         hidden.new_empty(rows if keep else 0, columns if keep else 0),

@@ -48,7 +48,7 @@ def merge(parts: Tensor) -> Statistics:
     maxima, sums, weighted, label_logits = parts.unbind(1)  # each [parts, rows]
     maxima = maxima.detach()
     maximum = maxima.amax(dim=0)
-    shifts = (maxima - _finite(maximum)).clamp_min_(EXP_IS_ZERO)
+    shifts = (maxima - finite(maximum)).clamp_min_(EXP_IS_ZERO)
     scales = shifts.exp()
     return torch.stack(
         (
@@ -116,7 +116,7 @@ def _block_statistics(logits, local, found, inverse_temperature, kept) -> Statis
         return empty
     maximum = logits.amax(dim=1).to(full) * inverse_temperature
     label_logits = logits.gather(1, local[:, None])[:, 0].to(full) * inverse_temperature
-    shifted = torch.add(-_finite(maximum)[:, None], logits, alpha=inverse_temperature).clamp_min_(EXP_IS_ZERO)
+    shifted = torch.add(-finite(maximum)[:, None], logits, alpha=inverse_temperature).clamp_min_(EXP_IS_ZERO)
     if kept is not None:
         kept.copy_(shifted)
     exponentials = shifted.exp()
@@ -150,7 +150,7 @@ def _write_gradient(out, logits, labels, coefficients, vocab_start, columns, sca
 
 def _block_gradient(logits, coefficients, local, found, scale) -> Tensor:
     reference, constant, slope, at_label = coefficients
-    exponents = torch.add(-_finite(reference)[:, None], logits, alpha=scale).clamp_min_(EXP_IS_ZERO)
+    exponents = torch.add(-finite(reference)[:, None], logits, alpha=scale).clamp_min_(EXP_IS_ZERO)
     gradient = exponents.exp()
     gradient.mul_(exponents.mul_(slope[:, None]).add_(constant[:, None]))
     if logits.shape[1] > 0:
@@ -160,7 +160,7 @@ def _block_gradient(logits, coefficients, local, found, scale) -> Tensor:
     return gradient
 
 
-def _finite(maximum: Tensor) -> Tensor:
+def finite(maximum: Tensor) -> Tensor:
     """The maximum as a point of reference: exp(-inf - -inf) must be 0."""
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
