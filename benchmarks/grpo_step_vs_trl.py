@@ -27,6 +27,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from memory import peak_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "arithmetic"
 PHASES = ("generate", "train")
@@ -232,7 +234,7 @@ def run_child(options: argparse.Namespace) -> None:
         write_prompts(data, options.prompts * options.steps)
         run = run_ours if options.side == "ours" else run_trl
         measurement = run(options, data, Path(folder))
-    measurement.memory_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    measurement.memory_peak = peak_bytes() / 2**20
     print(json.dumps(asdict(measurement)))
 
 

@@ -10,13 +10,13 @@ its own peak memory; the fastest repeat counts. On a busy machine compare the CP
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
+from memory import peak_bytes
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
 from megatron_srft.config import SamplingConfig
@@ -115,7 +115,7 @@ def best_of(repeats: int, work) -> Measured:
 def peak_mebibytes() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_bytes() / 2**20
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ of times between events, each after a sweep over the L2 cache; the CPU seconds a
 import argparse
 import copy
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import report
 import torch
+from memory import peak_bytes
 
 from megatron_srft.ops.implementations import IMPLEMENTATIONS
 
@@ -99,9 +99,7 @@ def memory_over(start: int) -> float:
 def _peak() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not getrusage, which also counts what the parent held when it forked.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+    return peak_bytes()
 
 
 def ceilings(dtype: torch.dtype, repeats: int) -> dict[str, float]:
