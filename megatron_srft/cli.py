@@ -1,4 +1,4 @@
-"""`megatron-srft train | evaluate | convert | report | doctor`. A command imports what it needs when it is called."""
+"""`megatron-srft COMMAND ...`. A command imports what it needs when it is called."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ commands:
   train CONFIG [key=value ...]   train as a config file says; --dry-run only checks it and prints what it comes to
   evaluate MODEL FILE ...        accuracy of a Hugging Face folder or a checkpoint on JSONL or parquet files
   convert SOURCE TARGET          Hugging Face folder to checkpoint, or checkpoint to Hugging Face folder
+  data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
   doctor                         what is installed, and what works on this machine
 
@@ -115,6 +116,15 @@ def convert(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return errors.run(body, debug=options.debug)
 
 
+def data(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Make, check and measure data files; megatron-srft data TOOL --help lists a tool's options."""
+    from megatron_srft import data_command
+
+    data_command.add_tools(parser)
+    options = parser.parse_args(arguments)
+    return errors.run(lambda: data_command.main(options), debug=options.debug)
+
+
 def report(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Write report.html into a run folder, finished or in progress."""
     parser.add_argument("run", type=Path, help="run folder, for example runs/arithmetic")
@@ -145,6 +155,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "convert": convert,
+    "data": data,
     "report": report,
     "doctor": doctor,
 }

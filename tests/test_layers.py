@@ -15,11 +15,11 @@ ROWS = [
     {"ops"},
     {"data", "rewards", "advantages", "objectives", "weights"},
     {"rollout", "trainer"},
-    {"evaluate", "analysis", "layout", "stages", "guards", "dynamic_sampling"},
+    {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling"},
     {"saves"},
     {"session", "convert", "doctor", "dry_run"},
     {"train"},
-    {"evaluate_command"},
+    {"evaluate_command", "data_command"},
     {"cli"},
 ]
 """Rooms (modules and folders of the package) from the bottom up."""

@@ -70,7 +70,7 @@ class ExactRewardConfig(VerifierConfig):
     """Compare without regard to case."""
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -118,7 +118,7 @@ class JudgeRewardConfig(VerifierConfig):
     def __post_init__(self):
         VerifierConfig.__post_init__(self)
         require(
-            _is_address(self.url), f"rewards: url of a judge must look like http://localhost:8000/v1, not {self.url!r}"
+            is_address(self.url), f"rewards: url of a judge must look like http://localhost:8000/v1, not {self.url!r}"
         )
         require(bool(self.model), "rewards: model of a judge is not set")
         require(not (self.prompt and self.prompt_file), "rewards: a judge has prompt or prompt_file, not both")

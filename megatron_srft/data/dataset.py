@@ -35,7 +35,7 @@ def load_dataset(config: DataConfig, rollout: SamplingConfig, tokenizer: Any) ->
             prompt is left; the tokenizer lacks an end token or a template that is asked for.
     """
     report = DataReport()
-    records = _read(config.train, "data.train", config, report)
+    records = read_records(config.train, "data.train", config, report)
     if config.demonstrations:
         records = _join_demonstrations(records, config, report)
     _refuse_unused_keys(records, config)
@@ -56,7 +56,7 @@ def load_problems(files: Sequence[str], config: DataConfig, tokenizer: Any, max_
         ValueError: as `load_dataset`; also a problem without an answer.
     """
     report = DataReport()
-    records = _read(files, "evaluation.files", config, report, max_problems)
+    records = read_records(files, "evaluation.files", config, report, max_problems)
     unanswered = next((record for record in records if record.answer is None), None)
     if unanswered is not None:
         raise ValueError(f"{unanswered.where}: an evaluation problem needs an answer; see data.answer_key")
@@ -70,7 +70,18 @@ def load_problems(files: Sequence[str], config: DataConfig, tokenizer: Any, max_
 # ---------------------------------------------------------------- reading
 
 
-def _read(files: Sequence[str], key: str, config: DataConfig, report: DataReport, max_rows: int = 0) -> list[Record]:
+def read_records(
+    files: Sequence[str], key: str, config: DataConfig, report: DataReport, max_rows: int = 0
+) -> list[Record]:
+    """The checked rows of all files in order, as text.
+
+    Args:
+        key: what named the files, for messages.
+        max_rows: use only the first this many rows of each file; 0 uses all.
+
+    Raises:
+        ValueError: a file or row is wrong, with file and line, or an id stands twice.
+    """
     if not files:
         raise ValueError(f"{key} names no file")
     records: dict[str, Record] = {}
