@@ -15,6 +15,7 @@ commands:
   convert SOURCE TARGET          Hugging Face folder to checkpoint, or checkpoint to Hugging Face folder
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
+  analyze WHAT ...               probabilities, trajectory, clipped tokens, entropy of checkpoints; compare runs
   doctor                         what is installed, and what works on this machine
 
 megatron-srft COMMAND --help lists a command's options. --debug shows the traceback of a mistake too.
@@ -139,6 +140,13 @@ def report(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return errors.run(body, debug=options.debug)
 
 
+def analyze(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """What training changed: token probabilities, trajectory, clipped tokens, entropy; or several runs side by side."""
+    from megatron_srft import analyze_command
+
+    return analyze_command.main(parser, arguments)
+
+
 def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Print versions, devices and what works here; status 1 when something required does not."""
     options = parser.parse_args(arguments)
@@ -157,6 +165,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "convert": convert,
     "data": data,
     "report": report,
+    "analyze": analyze,
     "doctor": doctor,
 }
 

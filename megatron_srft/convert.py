@@ -22,7 +22,7 @@ from megatron_srft.config import ConfigError, DataConfig, LocalRolloutConfig, Mo
 from megatron_srft.distributed import ProcessGroups, barrier, is_main
 from megatron_srft.trainer import checkpoint, manifest, parallel
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
-from megatron_srft.trainer.manifest import CheckpointError, Progress
+from megatron_srft.trainer.manifest import CheckpointError, Progress, is_checkpoint
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.folder import HfFolder, check_target, write_hf_folder
@@ -32,10 +32,6 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 STAGE = "converted"
 """What a converted checkpoint says about where its run stands."""
-
-
-def is_checkpoint(path: Path) -> bool:
-    return (path / manifest.MANIFEST).is_file()
 
 
 def convert(source: Path, target: Path, layout: ParallelConfig, model: Path | None) -> Path:

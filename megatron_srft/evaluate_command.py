@@ -18,10 +18,11 @@ from megatron_srft.config import (
     RewardConfig,
     RunConfig,
 )
-from megatron_srft.convert import checkpoint_model, is_checkpoint, run_config
+from megatron_srft.convert import checkpoint_model, run_config
 from megatron_srft.evaluate import evaluate_folder
 from megatron_srft.trainer import parallel
 from megatron_srft.trainer.conversion import export_policy
+from megatron_srft.trainer.manifest import is_checkpoint
 
 ALONE = ParallelConfig()
 """Every rank holds the whole model; under torchrun the ranks share the problems."""

@@ -19,7 +19,7 @@ ROWS = [
     {"saves"},
     {"session", "convert", "doctor", "dry_run"},
     {"train"},
-    {"evaluate_command", "data_command"},
+    {"evaluate_command", "data_command", "analyze_command"},
     {"cli"},
 ]
 """Rooms (modules and folders of the package) from the bottom up."""

@@ -39,8 +39,9 @@ LEFT_OUT = ("name", "run_dir", "seed")
 """Settings that say nothing about a method."""
 
 
-def write_comparison(path: Path, comparison: Comparison, title: str = "Comparison of runs") -> list[Path]:
+def write_comparison(path: str | Path, comparison: Comparison, title: str = "Comparison of runs") -> list[Path]:
     """Write one self-contained page, and beside it its figures as .json and .md; returns the three paths."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {
         path: render(comparison, title),
@@ -60,8 +61,10 @@ def render(comparison: Comparison, title: str) -> str:
     parts["Runs"] = _runs(comparison)
     number = sum(len(runs) for runs in comparison.methods.values())
     head = element("p", "megatron_srft comparison", class_="overline") + element("h1", escape(title))
-    head += muted(f"{len(comparison.methods)} methods, {number} runs. Lines are means over a method's runs, bands mean "
-                  "\N{PLUS-MINUS SIGN} standard deviation, where all of its runs have a value.")  # fmt: skip
+    head += muted(
+        f"Methods: {len(comparison.methods)}, runs: {number}. Lines are means over a method's runs, bands mean "
+        "\N{PLUS-MINUS SIGN} standard deviation, at the steps that all of its runs have."
+    )
     body = head + navigation(parts) + "".join(section(name, content) for name, content in parts.items())
     return page(title, body)
 

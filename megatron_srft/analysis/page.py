@@ -61,6 +61,7 @@ pre { margin: 0; padding: .35rem .6rem; background: var(--soft); border-radius: 
   overflow-wrap: anywhere; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .exchange pre { max-height: 20rem; overflow-y: auto; } .exchange details { margin: .3rem 0; min-width: 0; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); } details pre { margin-top: .5rem; }
+.token { border-radius: 3px; } .facts + .scroll, .scroll + h3 { margin-top: 1.2rem; }
 a { color: var(--accent); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .88rem; margin: 1rem 0 0; }
 nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }

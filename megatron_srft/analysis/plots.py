@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
@@ -69,22 +70,30 @@ def draw(panel: Panel, last_step: float, stage_starts: list[tuple[int, str]]) ->
     Args:
         last_step: where the x axis ends, in its own unit.
     """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    def paint(axes: "Axes") -> None:
         if panel.kind == "stacked":
             _draw_areas(axes, panel.lines)
         else:
             _draw_lines(axes, panel)
         _dress(axes, panel, last_step, stage_starts)
+
+    return paint_svg(paint, f"{panel.title}: {', '.join(panel.lines)}")
+
+
+def paint_svg(paint: Callable[["Axes"], None], label: str, size_inches: tuple[float, float] = SIZE_INCHES) -> str:
+    """What `paint` draws on fresh axes, in the colours of the page, as one <svg> element that reads as `label`."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size_inches, layout="constrained")
+        FigureCanvasSVG(figure)
+        paint(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True)
-    return _adopt_page_style(text.getvalue(), f"{panel.title}: {', '.join(panel.lines)}")
+    return _adopt_page_style(text.getvalue(), label)
 
 
 def _draw_lines(axes: "Axes", panel: Panel) -> None:

@@ -50,6 +50,10 @@ class Progress:
 # ---------------------------------------------------------------- finding and checking
 
 
+def is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints in the folder, newest first; they may still be damaged."""
     return sorted((p for p in folder.glob("step-[0-9]*") if p.is_dir() and not p.suffix), reverse=True)
