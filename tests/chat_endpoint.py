@@ -37,13 +37,20 @@ class Handler(BaseHTTPRequestHandler):
             action = server.script.pop(0) if len(server.script) > 1 else server.script[0]
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
+            self.counted = True
         try:
             action(self)
         finally:
-            with server.lock:
-                server.busy -= 1
+            self.release()
+
+    def release(self):
+        """Count this request as answered, once: with the reply in hand its client may already send the next."""
+        with self.server.lock:
+            self.server.busy -= self.counted
+            self.counted = False
 
     def reply(self, data: bytes, status=200, length=None):
+        self.release()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data) if length is None else length))
         self.end_headers()
