@@ -11,7 +11,7 @@ from megatron_srft import config as configuration
 from megatron_srft.advantages import group_statistics, to_sequences
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
-from megatron_srft.config import RunConfig
+from megatron_srft.config import RunConfig, require
 from megatron_srft.data import (
     Dataset,
     PromptStream,
@@ -28,6 +28,7 @@ from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
+from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
 from megatron_srft.stages import Stage, stage_of, stages_of
@@ -77,15 +78,19 @@ class Session:
         self._load_data()
         self.scorer = _tested_scorer(self.config)
         self.trainer = Trainer(self.config, groups)
-        self.old_policy = OldPolicy(self.config)
+        self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
         if found:
-            self.old_policy.restore(self.saves.restore(self.trainer))
+            arrays = self.saves.restore(self.trainer)
+            self.old_policy.restore(arrays)
+            self.router.restore(arrays)
+            self._prompts(self.router.waiting)
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         self.synced_version: int | None = None
         self.parity_due = True
         self.parity: dict[str, float] = {}
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}
+        self.routing: dict[str, float] = {}
         self.sink = self._open_sink(config)
         self.timer = Timer()
         self.stop = StopRequest()
@@ -105,7 +110,7 @@ class Session:
                 self.scorer.close()
                 self.scorer = _tested_scorer(self.config)
             self.trainer.begin_stage(self.config, self.config.steps)
-            self.old_policy = OldPolicy(self.config)
+            self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
             if self.config.rollout != before.rollout:
                 self.engine, self.synced_version = None, None  # two engines at a time could be too many
                 self.engine = build_engine(self.config, self.tokenizer, parallel.device())
@@ -180,15 +185,23 @@ class Session:
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)
 
+    def select(self, sequences: list[TrainingSequence], groups: list[Group]) -> list[TrainingSequence]:
+        """HPT: of each prompt either the completions or the demonstration. ReLIFT: the completions; prompts queue."""
+        sequences, self.routing = self.router.select(sequences, groups)
+        return sequences
+
     def update(self, sequences: list[TrainingSequence], stage_step: int) -> dict[str, float]:
+        queued = self._prompts(self.router.take())
+        demonstrations = to_sequences(self._demonstrated(queued, self.step))
         with self.timer("train"):
-            metrics = self.trainer.step(sequences, stage_step)
-        return {**metrics, "count/tokens": sum(len(s.token_ids) for s in sequences)}
+            metrics = self.trainer.step(sequences, stage_step, demonstrations)
+        return {**metrics, "count/tokens": sum(len(s.token_ids) for s in [*sequences, *demonstrations])}
 
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
-        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting, **self.sampling}
-        self.parity, self.accounting, self.sampling = {}, Counter(), {}
+        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
+        metrics |= {**self.sampling, **self.routing}
+        self.parity, self.accounting, self.sampling, self.routing = {}, Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
         between_steps = seconds.get("time/evaluate", 0.0) + seconds.get("time/save", 0.0)
@@ -266,6 +279,17 @@ class Session:
         seed = self.config.seed
         return [Group(prompt=p, completions=(), demonstration=choose_demonstration(p, seed, step)) for p in prompts]
 
+    def _prompts(self, ids: list[str]) -> list[Prompt]:
+        """The prompts of these ids, which may have been queued before a resume."""
+        known = {prompt.id: prompt for prompt in self.stream.prompts} if ids else {}
+        missing = next((name for name in ids if name not in known), None)
+        require(
+            missing is None,
+            f"the checkpoint has prompt {missing} waiting for a supervised update, and data.train has none of that "
+            "name; go on with the data that it was made with, or choose another name for a new run",
+        )
+        return [known[name] for name in ids]
+
     def _sync(self) -> None:
         """Give the engine the current weights, if it does not hold them."""
         if self.synced_version != self.trainer.policy_version:
@@ -309,7 +333,8 @@ class Session:
             skipped_in_a_row=self.trainer.skipped_in_a_row,
         )
         with self.timer("save"):
-            self.saves.write(self.trainer, progress, self.old_policy.arrays(self.stage_step))
+            arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays()
+            self.saves.write(self.trainer, progress, arrays)
 
     def _export(self, name: str) -> None:
         self.trainer.export_hf(self.folder / "hf" / name)

@@ -27,6 +27,7 @@ def train(run: Session) -> None:
             sequences = to_sequences(groups)
             sequences = run.measure(sequences, stage_step)
             sequences = with_advantages(sequences, groups, run.config.advantage, run.config.rewards, run.config.kl)
+            sequences = run.select(sequences, groups)
             metrics = run.update(sequences, stage_step)
             run.finish_step(groups, metrics)
             if run.interrupted():

@@ -15,7 +15,7 @@ ROWS = [
     {"ops"},
     {"data", "rewards", "advantages", "objectives", "weights"},
     {"rollout", "trainer"},
-    {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling"},
+    {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
     {"saves"},
     {"session", "convert", "doctor", "dry_run"},
     {"train"},

@@ -20,7 +20,10 @@ SECTIONS = {
         "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
     ],
     "advantage": ["AdvantageConfig"],
-    "objective": ["SftConfig", "SftKlConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig"],
+    "objective": [
+        "SftConfig", "SftKlConfig", "PsftConfig", "GrpoConfig", "LuffyConfig", "SrftConfig", "RlSftConfig",
+        "ChordConfig", "HptConfig", "ReliftConfig",
+    ],
     "kl": ["KlConfig"],
     "optimizer": ["OptimizerConfig"],
     "checkpoint": ["CheckpointConfig"],

@@ -10,6 +10,7 @@ replaces every such `None`, and the resolved tree is what a run writes into its 
 
 from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require
+from megatron_srft.config.combined import ChordConfig, HptConfig, ReliftConfig, RlSftConfig, SurrogateConfig
 from megatron_srft.config.denominators import Denominator
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
@@ -65,6 +66,7 @@ __all__ = [
     "AdvantageConfig",
     "BatchConfig",
     "CheckpointConfig",
+    "ChordConfig",
     "ConfigError",
     "CosineRewardConfig",
     "DataConfig",
@@ -75,6 +77,7 @@ __all__ = [
     "FormatRewardConfig",
     "FunctionRewardConfig",
     "GrpoConfig",
+    "HptConfig",
     "JudgeRewardConfig",
     "KlConfig",
     "LengthRewardConfig",
@@ -93,14 +96,17 @@ __all__ = [
     "ParityConfig",
     "RepetitionRewardConfig",
     "PsftConfig",
+    "ReliftConfig",
     "ReplayRolloutConfig",
     "RewardConfig",
+    "RlSftConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplingConfig",
     "SftConfig",
     "SftKlConfig",
     "SrftConfig",
+    "SurrogateConfig",
     "VERIFIERS",
     "from_dict",
     "load",

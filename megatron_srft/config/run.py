@@ -97,6 +97,11 @@ class RunConfig:
             self._check_old_policy(self.objective)
             self._check_kl()
             self._check_dynamic_sampling()
+            require(
+                self.objective.kind not in ("hpt", "relift") or self.batch.rollouts_per_prompt > 1,
+                f"objective {self.objective.kind} asks how many of a prompt's completions are right, and compares them "
+                "with each other; raise batch.rollouts_per_prompt above 1",
+            )
 
     def _check_kl(self) -> None:
         require(
@@ -153,7 +158,7 @@ class RunConfig:
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""
         objective = self.objective
-        preset = PRESETS.get(getattr(objective, "preset", ""), {})
+        preset = PRESETS.get(getattr(objective, "preset", objective.kind), {})
         filled = {k: v for k, v in preset.items() if getattr(objective, k) is None}
         demonstration_tokens = self.data.max_demonstration_tokens or self.rollout.max_response_tokens
         if objective.constant_length is None:

@@ -6,18 +6,30 @@ Equations, config keys, published constants and the points where papers and code
 from collections.abc import Callable
 
 from megatron_srft.config import KlConfig, ObjectiveConfig
+from megatron_srft.objectives.chord import chord, scheduled
 from megatron_srft.objectives.grpo import grpo
+from megatron_srft.objectives.hpt import hpt
 from megatron_srft.objectives.kl import add_penalty
 from megatron_srft.objectives.luffy import luffy
 from megatron_srft.objectives.metrics import Metrics
 from megatron_srft.objectives.psft import psft
+from megatron_srft.objectives.relift import relift
+from megatron_srft.objectives.rl_sft import rl_sft
 from megatron_srft.objectives.sft import sft
 from megatron_srft.objectives.sft_kl import sft_kl
 from megatron_srft.objectives.srft import srft
 from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput, gather_inputs, with_importance_weights
 from megatron_srft.sample import Counts
 
-__all__ = ["Metrics", "ObjectiveInputs", "ObjectiveOutput", "compute", "gather_inputs", "with_importance_weights"]
+__all__ = [
+    "Metrics",
+    "ObjectiveInputs",
+    "ObjectiveOutput",
+    "compute",
+    "gather_inputs",
+    "scheduled",
+    "with_importance_weights",
+]
 
 FORMULAS: dict[str, Callable[[ObjectiveInputs, Counts, ObjectiveConfig], ObjectiveOutput]] = {
     "sft": sft,
@@ -26,6 +38,10 @@ FORMULAS: dict[str, Callable[[ObjectiveInputs, Counts, ObjectiveConfig], Objecti
     "grpo": grpo,
     "luffy": luffy,
     "srft": srft,
+    "rl_sft": rl_sft,
+    "chord": chord,
+    "hpt": hpt,
+    "relift": relift,
 }
 """The function of each kind of objective."""
 

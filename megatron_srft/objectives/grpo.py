@@ -12,23 +12,20 @@ it as well).
 """
 
 from megatron_srft.config import GrpoConfig
-from megatron_srft.objectives.terms import Mean, ObjectiveInputs, ObjectiveOutput, entropy_bonus, evaluate, mean_over
-from megatron_srft.ops.token_losses import Term
+from megatron_srft.objectives.terms import (
+    ObjectiveInputs,
+    ObjectiveOutput,
+    clipped_surrogate,
+    entropy_bonus,
+    evaluate,
+)
 from megatron_srft.sample import Counts
 
 
 def grpo(inputs: ObjectiveInputs, counts: Counts, config: GrpoConfig) -> ObjectiveOutput:
     """This micro-batch's share of the GRPO loss."""
     terms = {
-        "rollouts": Term(
-            loss="clipped",
-            rows="rollouts",
-            advantages=inputs.advantages,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            **mean_over("rollouts", counts, Mean(config.denominator, config.constant_length)),
-        ),
+        "rollouts": clipped_surrogate(inputs, counts, config, dual_clip=config.dual_clip),
         "entropy_bonus": entropy_bonus("rollouts", counts, config.entropy_coefficient),
     }
     return evaluate(inputs, counts, terms, of_demonstrations=False, clips=True)

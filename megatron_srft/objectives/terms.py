@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_srft.config import Denominator
+from megatron_srft.config import Denominator, GrpoConfig, SurrogateConfig
 from megatron_srft.objectives.metrics import Metrics, demonstration_places, rollout_places, term_places
 from megatron_srft.ops.clipped_ratio import clipped_ratio
 from megatron_srft.ops.token_losses import ROWS, Term, clamped_exp
@@ -189,6 +189,32 @@ def population_size(counts: Counts, rows: str) -> tuple[int, int]:
     return (
         rollouts * counts.rollout_tokens + demonstrations * counts.demonstration_tokens,
         rollouts * counts.rollout_sequences + demonstrations * counts.demonstration_sequences,
+    )
+
+
+def clipped_surrogate(
+    inputs: ObjectiveInputs,
+    counts: Counts,
+    config: GrpoConfig | SurrogateConfig,
+    coefficient: float = 1.0,
+    dual_clip: float | None = None,
+) -> Term:
+    """-coefficient * mean min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) over the rollouts; config is resolved."""
+    return Term(
+        loss="clipped",
+        rows="rollouts",
+        advantages=inputs.advantages,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=dual_clip,
+        **mean_over("rollouts", counts, Mean(config.denominator, config.constant_length), coefficient),
+    )
+
+
+def likelihood(counts: Counts, coefficient: float, weights: Tensor | None = None) -> Term:
+    """coefficient * mean -w log p over the demonstrations' tokens; weights: [rows], None: 1."""
+    return Term(
+        loss="nll", rows="demonstrations", weights=weights, **token_mean_over("demonstrations", counts, coefficient)
     )
 
 

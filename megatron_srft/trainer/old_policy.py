@@ -100,7 +100,7 @@ class OldPolicy:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Take what `arrays` gave."""
-        if not arrays:
+        if "digests" not in arrays:
             return
         values = np.split(arrays["logprobs"], np.cumsum(arrays["lengths"])[:-1])
         self.logprobs = {d.tobytes(): v for d, v in zip(arrays["digests"], values, strict=True)}

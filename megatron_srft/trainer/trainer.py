@@ -10,6 +10,7 @@ import torch
 from megatron_srft.config import RunConfig
 from megatron_srft.data.packing import pack, padded_length, plan_microbatches
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
+from megatron_srft.objectives import scheduled
 from megatron_srft.ops import implementations
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
@@ -92,19 +93,32 @@ class Trainer:
             ]
         return list(sequences)
 
-    def step(self, sequences: Sequence[TrainingSequence], stage_step: int) -> dict[str, float]:
+    def step(
+        self,
+        sequences: Sequence[TrainingSequence],
+        stage_step: int,
+        demonstrations: Sequence[TrainingSequence] = (),
+    ) -> dict[str, float]:
         """Update the policy from one step's sequences.
 
         Args:
             sequences: all sequences of the step, prepared, the same list on every rank.
-            stage_step: steps of this stage already made; sets the learning rate.
+            stage_step: steps of this stage already made; sets the learning rate, and CHORD's mu.
+            demonstrations: ReLIFT: of one more update, made after the others with the learning rate objective.sft_lr.
 
         Returns:
             Metrics of the step's updates put together (see `_over_updates`), equal on all ranks.
         """
         seed_step(self.config.seed, self.policy_version)
-        lr = learning_rate(self.config.optimizer, stage_step, self.stage_steps)
-        return {**_over_updates([self._update(part, lr) for part in self._parts(sequences)]), "lr": lr}
+        objective = scheduled(self.config.objective, stage_step)
+        config = replace(self.config, objective=objective)
+        lr = learning_rate(config.optimizer, stage_step, self.stage_steps)
+        metrics = {**_over_updates([self._update(part, lr, config) for part in self._parts(sequences)]), "lr": lr}
+        if config.objective.kind == "chord":
+            metrics["chord/mu"] = config.objective.mu
+        if demonstrations:
+            metrics = _with_supervised(metrics, self._update(demonstrations, config.objective.sft_lr, config))
+        return metrics
 
     @property
     def models(self) -> list[PolicyModel]:
@@ -122,7 +136,7 @@ class Trainer:
 
     # ------------------------------------------------------------ one update
 
-    def _update(self, sequences: Sequence[TrainingSequence], lr: float) -> dict[str, float]:
+    def _update(self, sequences: Sequence[TrainingSequence], lr: float, config: RunConfig) -> dict[str, float]:
         for chunk in self.policy.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -131,7 +145,7 @@ class Trainer:
             self.policy,
             self.microbatches(sequences),
             count(list(sequences)),
-            self.config,
+            config,
         )
         stepped, norm = clip_and_step(self.optimizer, self.config.optimizer, lr)
         self.policy_version += stepped
@@ -215,6 +229,17 @@ def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
         for key, value in update.items():
             values.setdefault(key, []).append(value)
     return {key: _combine(key, found) for key, found in values.items()}
+
+
+def _with_supervised(step: dict[str, float], update: dict[str, float]) -> dict[str, float]:
+    """A step's metrics with those of its supervised update: the demonstrations' figures as they are, its loss and
+    gradient norm as relift/..., skipped updates added up."""
+    return {
+        **step,
+        **{name: update[name] for name in ("nll/demonstrations", "entropy/demonstrations")},
+        **{f"relift/{name}": update[name] for name in ("loss", "grad_norm")},
+        "accounting/skipped_updates": step["accounting/skipped_updates"] + update["accounting/skipped_updates"],
+    }
 
 
 def _combine(key: str, values: list[float]) -> float:

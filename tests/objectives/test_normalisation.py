@@ -4,7 +4,18 @@ import pytest
 import torch
 from objective_rows import counts_of, inputs_of, random_sequences, resolved
 
-from megatron_srft.config import GrpoConfig, LuffyConfig, PsftConfig, SftConfig, SftKlConfig, SrftConfig
+from megatron_srft.config import (
+    ChordConfig,
+    GrpoConfig,
+    HptConfig,
+    LuffyConfig,
+    PsftConfig,
+    ReliftConfig,
+    RlSftConfig,
+    SftConfig,
+    SftKlConfig,
+    SrftConfig,
+)
 from megatron_srft.objectives import compute
 
 OBJECTIVES = [
@@ -23,6 +34,11 @@ OBJECTIVES = [
     SrftConfig(preset="srft-paper", denominator="sequence_mean", entropy_level="batch"),
     SrftConfig(preset="srft-released"),
     SrftConfig(rollout_surrogate="clipped_ratio", denominator="sequence_sum"),
+    RlSftConfig(),
+    ChordConfig(),
+    ChordConfig(preset="chord-phi", entropy_coefficient=0.1),
+    HptConfig(),
+    ReliftConfig(),
 ]
 
 

@@ -29,6 +29,8 @@ OBJECTIVES = {
     "luffy": {"kind": "luffy", "constant_length": 7},
     "srft-paper": {"kind": "srft", "preset": "srft-paper"},
     "srft-released": {"kind": "srft", "preset": "srft-released", "constant_length": 7},
+    "chord-phi": {"kind": "chord", "preset": "chord-phi"},
+    "relift": {"kind": "relift", "constant_length": 7},  # rl_sft and hpt have the same terms
 }
 
 

@@ -1,0 +1,34 @@
+"""Hybrid post-training (HPT, arXiv 2509.04419): each prompt teaches by its completions or by its demonstration.
+
+    loss = - mean r_t A  +  sft_weight * mean_t -log p_t  -  c * mean_t H_t
+             rollouts        demonstrations
+
+    right / completions <= gate:  the demonstration stays, the completions go
+    otherwise:                    the completions stay, with the advantage over them alone; the demonstration goes
+
+The gate is routing.gate; here every sequence that is left counts in the mean of its population. The surrogate has no
+clip and a constant length, as in the released code. Differs from it: the likelihood is a mean over the update's tokens,
+and a prompt under the gate without a demonstration keeps its completions. HPT-soft, whose coefficients come from a
+table by the number of right answers, is not here.
+"""
+
+from megatron_srft.config import HptConfig
+from megatron_srft.objectives.terms import (
+    ObjectiveInputs,
+    ObjectiveOutput,
+    clipped_surrogate,
+    entropy_bonus,
+    evaluate,
+    likelihood,
+)
+from megatron_srft.sample import Counts
+
+
+def hpt(inputs: ObjectiveInputs, counts: Counts, config: HptConfig) -> ObjectiveOutput:
+    """This micro-batch's share of the HPT loss, over sequences that have passed the gate."""
+    terms = {
+        "rollouts": clipped_surrogate(inputs, counts, config),
+        "sft": likelihood(counts, config.sft_weight),
+        "entropy_bonus": entropy_bonus("both", counts, config.entropy_coefficient),
+    }
+    return evaluate(inputs, counts, terms, clips=True)
