@@ -48,6 +48,10 @@ def by_hand(rows: dict, term: Term, logprobs, entropy):
             losses = -advantages * torch.exp(logprobs) / (torch.exp(logprobs) + term.gamma)
         case "entropy":
             losses = -entropy
+        case "power":
+            losses = -advantages * torch.pow(torch.exp(logprobs), term.gamma)
+        case "blended":
+            losses = -advantages * (torch.exp(logprobs) + term.gamma * logprobs)
     factors = term.scale * torch.ones_like(logprobs)
     if term.weights is not None:
         factors = factors * term.weights
@@ -101,6 +105,12 @@ def terms_of(rows: dict) -> dict[str, list[Term]]:
         "luffy": [
             Term(loss="clipped", rows="rollouts", scale=0.01, advantages=a),
             Term(loss="shaped", rows="demonstrations", scale=0.01, advantages=a, gamma=0.3, corrected=False),
+        ],
+        "shapings": [
+            Term(loss="power", rows="demonstrations", scale=0.02, advantages=a, gamma=0.5, per_length=True),
+            Term(loss="power", rows="rollouts", scale=0.03, advantages=a, weights=w, gamma=1.5, corrected=False),
+            Term(loss="blended", rows="demonstrations", scale=0.04, advantages=a, gamma=0.3),
+            Term(loss="blended", rows="both", scale=0.05, weights=w, gamma=1.0),
         ],
         "srft": [
             Term(loss="nll", rows="demonstrations", scale=0.02, weights=w),

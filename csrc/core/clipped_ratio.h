@@ -8,7 +8,7 @@
 
 namespace srft {
 
-enum Loss : int { kNll, kLogprob, kClipped, kProbability, kShaped, kEntropy, kLossCount };
+enum Loss : int { kNll, kLogprob, kClipped, kProbability, kShaped, kEntropy, kPower, kBlended, kLossCount };
 
 // Bits of PolicyTerm::rows: the kinds of rows that are summed, two to each population (A > 0, not A > 0), ...
 constexpr int kRolloutRows = 0b0011, kDemonstrationRows = 0b1100;
@@ -179,8 +179,17 @@ SRFT_HD TokenLoss<Number> token_loss(int loss, const PolicyTerm& term, const Num
       const Number value = -advantage * probability * share;
       return {value, value * term.gamma * share, zero, zero, zero};
     }
-    default:  // kEntropy
+    case kEntropy:
       return {-entropy, zero, -one, zero, zero};
+    case kPower: {
+      const Number value = -advantage * exponential_of<Number>(logprob * term.gamma);
+      return {value, value * term.gamma, zero, zero, zero};
+    }
+    default: {  // kBlended
+      const Number probability = exponential_of(logprob);
+      const Number value = -advantage * (probability + logprob * term.gamma);
+      return {value, -advantage * (probability + term.gamma), zero, zero, zero};
+    }
   }
 }
 

@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 from megatron_srft.config.base import section
 from megatron_srft.config.denominators import Denominator, require_clips, require_positive
 
+Shaping = Literal["none", "p_div_p_gamma", "logp", "p_logp", "power"]
+
 
 @section
 class LuffyConfig:
@@ -12,8 +14,9 @@ class LuffyConfig:
     samples_rollouts: ClassVar[bool] = True
     learns_from_demonstrations: ClassVar[bool] = True
 
-    shaping: Literal["p_div_p_gamma", "none"] = "p_div_p_gamma"
-    """Off-policy shaping of the demonstration's probability p: p / (p + gamma), or p itself."""
+    shaping: Shaping = "p_div_p_gamma"
+    """Off-policy shaping of the demonstration's probability p: none is p itself, p_div_p_gamma p / (p + gamma), logp
+    log p, p_logp p + gamma log p, power p^gamma (square root: gamma 0.5)."""
 
     gamma: float = 0.1
     """The shaping constant."""
@@ -74,8 +77,9 @@ class SrftConfig:
     clip_high: float = 0.2
     """Upper clip of clipped_ratio."""
 
-    demonstration_shaping: Literal["none", "p_div_p_gamma"] | None = None
-    """Off-policy RL term on demonstrations: p (paper) or p / (p + gamma) (released)."""
+    demonstration_shaping: Shaping | None = None
+    """Off-policy RL term on demonstrations: none, p itself (paper), p_div_p_gamma, p / (p + gamma) (released), or one
+    of LUFFY's others (see its shaping)."""
 
     demonstration_rl_weight: float = 1.0
     """Multiplies the off-policy RL term on demonstrations."""

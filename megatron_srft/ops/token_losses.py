@@ -44,7 +44,7 @@ class Parameters(NamedTuple):
 class Term:
     """One term of a loss over tokens."""
 
-    loss: Literal["nll", "logprob", "clipped", "probability", "shaped", "entropy"]
+    loss: Literal["nll", "logprob", "clipped", "probability", "shaped", "entropy", "power", "blended"]
     """Which loss each row has; a key of `LOSSES`."""
 
     rows: Literal["rollouts", "demonstrations", "both", "positive_rollouts", "other_rollouts"]
@@ -71,7 +71,7 @@ class Term:
     """See `clipped`."""
 
     gamma: float = 0.1
-    """See `shaped`."""
+    """See `shaped`, `power`, `blended`."""
 
     @property
     def row_bits(self) -> int:
@@ -150,6 +150,19 @@ def entropy(tokens: Tokens, parameters: Parameters) -> Loss:
     return -tokens.entropy, zero, zero - 1
 
 
+def power(tokens: Tokens, parameters: Parameters) -> Loss:
+    """-A p^gamma, between log p (gamma near 0, up to a factor) and p (gamma 1). LUFFY's released code."""
+    loss = -tokens.advantages * (parameters.gamma * tokens.logprobs).exp()
+    return loss, parameters.gamma * loss, torch.zeros_like(loss)
+
+
+def blended(tokens: Tokens, parameters: Parameters) -> Loss:
+    """-A (p + gamma log p): a policy gradient with likelihood beside it. LUFFY's released code."""
+    p, gamma = tokens.logprobs.exp(), parameters.gamma
+    loss = -tokens.advantages * (p + gamma * tokens.logprobs)
+    return loss, -tokens.advantages * (p + gamma), torch.zeros_like(loss)
+
+
 LOSSES: dict[str, Callable[[Tokens, Parameters], Loss]] = {
     "nll": nll,
     "logprob": logprob,
@@ -157,10 +170,18 @@ LOSSES: dict[str, Callable[[Tokens, Parameters], Loss]] = {
     "probability": probability,
     "shaped": shaped,
     "entropy": entropy,
+    "power": power,
+    "blended": blended,
 }
 """Every per-token loss; its place in the table is the number by which kernels know it."""
 
-SHAPINGS = {"none": "probability", "p_div_p_gamma": "shaped"}
+SHAPINGS = {
+    "none": "probability",
+    "p_div_p_gamma": "shaped",
+    "logp": "logprob",
+    "p_logp": "blended",
+    "power": "power",
+}
 """Losses of a demonstration as an off-policy sample, by the names that configs have for them."""
 
 NUMBERS = {name: number for number, name in enumerate(LOSSES)}

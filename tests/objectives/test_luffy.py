@@ -47,6 +47,23 @@ def test_without_shaping_the_gradient_is_the_probability():
     assert inputs.logprobs.grad[2:].tolist() == pytest.approx([-0.5 * 0.4 / 2, -0.5 * 0.1 / 2])
 
 
+@pytest.mark.parametrize(
+    ("shaping", "gamma", "loss", "slope"),
+    [
+        ("none", 0.1, lambda p: p, lambda p: 1.0),
+        ("p_div_p_gamma", 0.3, lambda p: p / (p + 0.3), lambda p: 0.3 / (p + 0.3) ** 2),
+        ("logp", 0.1, math.log, lambda p: 1 / p),
+        ("p_logp", 0.2, lambda p: p + 0.2 * math.log(p), lambda p: 1 + 0.2 / p),
+        ("power", 0.5, math.sqrt, lambda p: 0.5 / math.sqrt(p)),
+    ],
+)
+def test_shapings(shaping, gamma, loss, slope):
+    config = LuffyConfig(shaping=shaping, gamma=gamma, denominator="tokens", entropy_coefficient=0.0)
+    output, inputs = run(config, SEQUENCES)
+    assert output.metrics["loss/demonstrations"].item() == pytest.approx(-0.5 * (loss(0.4) + loss(0.1)) / 4)
+    assert inputs.logprobs.grad[2:].tolist() == pytest.approx([-0.5 * p * slope(p) / 4 for p in (0.4, 0.1)])
+
+
 def test_clip_applies_to_rollouts():
     output, inputs = run(LuffyConfig(clip=0.2, denominator="tokens", entropy_coefficient=0.0), SEQUENCES)
     assert output.metrics["loss/rollouts"].item() == pytest.approx(0.5 * (3.0 + 0.8) / 4)

@@ -82,6 +82,11 @@ TERMS = {  # losses, bits of rows, scale, lower, upper, dual clip, gamma
         ],
         [0.02, 1, 1, 1, 0.1, 0.3, 1, 1, 1, 0.3, 0.04, 1, 1, 1, 1, 0.5, 0.8, 1.2, INF, 1, 0.001, 1, 1, 1, 1],
     ),
+    "shapings": (
+        [6, 6, 7, 7],
+        [0b1100 | PER_LENGTH | ADVANTAGES, 0b0011 | GIVEN, 0b1100 | CORRECTED | ADVANTAGES, 0b1111 | WEIGHTS],
+        [0.02, 1, 1, 1, 0.5, 0.03, 1, 1, 1, 1.5, 0.04, 1, 1, 1, 0.3, 0.05, 1, 1, 1, 1],
+    ),
     "eight": ([2, 3] * 4, [0b1111 | GIVEN] * 8, [0.1, 0.8, 1.2, 3.0, 0.1] * 8),
 }
 

@@ -23,7 +23,7 @@ def check(rows, terms):
 
 
 @pytest.mark.parametrize("count", [0, 1, 513])
-@pytest.mark.parametrize("case", ["nll", "dual clip", "luffy", "srft", "entropy", "many"])
+@pytest.mark.parametrize("case", ["nll", "dual clip", "luffy", "shapings", "srft", "entropy", "many"])
 def test_interpreted_kernels_agree_with_float64(case, count):
     rows = batch(count, dtype=torch.float32, seed=count)
     check(rows, [replaced(term, torch.float32) for term in terms_of(rows)[case]])
@@ -49,7 +49,7 @@ def test_nan_shows_in_the_loss_its_own_gradient_and_the_largest_values():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", ["grpo", "srft", "many"])
+@pytest.mark.parametrize("case", ["grpo", "shapings", "srft", "many"])
 def test_compiled_kernels_keep_to_registers(case, architecture):
     rows = batch(1024, dtype=torch.float32)
     builds = compiled(KERNEL, architecture, [arguments_of(rows, terms_of(rows)[case])])

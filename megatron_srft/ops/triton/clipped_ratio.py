@@ -19,7 +19,9 @@ BLOCKS_AT_ONCE = 128
 
 LOG_RATIO_LIMIT = tl.constexpr(token_losses.LOG_RATIO_LIMIT)
 ROUNDING = tl.constexpr(op.ROUNDING)
-NLL, LOGPROB, CLIPPED, PROBABILITY, SHAPED, ENTROPY = (tl.constexpr(n) for n in token_losses.NUMBERS.values())
+NLL, LOGPROB, CLIPPED, PROBABILITY, SHAPED, ENTROPY, POWER, BLENDED = (
+    tl.constexpr(number) for number in token_losses.NUMBERS.values()
+)
 ROLLOUTS, DEMONSTRATIONS = (tl.constexpr(token_losses.ROWS[name]) for name in token_figures.POPULATIONS)
 PER_LENGTH, CORRECTED = tl.constexpr(token_losses.PER_LENGTH), tl.constexpr(token_losses.CORRECTED)
 ADVANTAGES, WEIGHTS = tl.constexpr(token_losses.ADVANTAGES), tl.constexpr(token_losses.WEIGHTS)
@@ -211,8 +213,16 @@ def _token_loss(LOSS: tl.constexpr, logprob, entropy, ratio, slope, advantage, l
         probability = tl.exp(logprob)
         value = -advantage * probability / (probability + gamma)
         return value, value * gamma / (probability + gamma), zero, zero, zero
-    else:
+    elif LOSS == ENTROPY:
         return -entropy, zero, zero - 1.0, zero, zero
+    elif LOSS == POWER:
+        value = -advantage * tl.exp(gamma * logprob)
+        return value, value * gamma, zero, zero, zero
+    else:
+        tl.static_assert(LOSS == BLENDED)
+        probability = tl.exp(logprob)
+        value = -advantage * (probability + gamma * logprob)
+        return value, -advantage * (probability + gamma), zero, zero, zero
 
 
 @triton.jit
