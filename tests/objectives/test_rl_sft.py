@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_rows import Sequence, counts_of, inputs_of, random_sequences, resolved
 
-from megatron_srft.config import GrpoConfig, HptConfig, ReliftConfig, RlSftConfig, SftConfig
+from megatron_srft.config import GrpoConfig, HptConfig, KlConfig, ReliftConfig, RlSftConfig, SftConfig
 from megatron_srft.objectives import compute
 
 
@@ -68,3 +68,11 @@ def test_it_is_grpo_plus_sft(config):
         assert ours.loss.item() == pytest.approx(grpo.loss.item() + sft.loss.item(), rel=1e-14)
         expected = grpo_inputs.logprobs.grad + sft_inputs.logprobs.grad
         torch.testing.assert_close(inputs.logprobs.grad, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("config", [HptConfig(), ReliftConfig()])
+def test_an_update_of_demonstrations_alone_has_no_penalty_to_pay(config):
+    """Under HPT's gate, or ReLIFT's supervised update: nothing was measured under the reference."""
+    inputs, counts = inputs_of(SEQUENCES[2:]), counts_of(SEQUENCES[2:])
+    output = compute(inputs, counts, resolved(config), KlConfig(coefficient=0.1))
+    assert output.loss.item() == compute(inputs, counts, resolved(config)).loss.item()
