@@ -18,7 +18,8 @@ def refill(
             keeps the last draw, which has no advantage to learn from.
 
     Returns:
-        (groups, metrics): dynamic/draws, dynamic/groups (all that were sampled), dynamic/all_correct and
+        (groups, metrics): dynamic/draws, dynamic/groups (all that were sampled), dynamic/response_tokens (of all that
+        were sampled), dynamic/all_correct and
         dynamic/none_correct (dropped for it), dynamic/surplus (dropped unused), dynamic/accuracy (over all completions
         that were sampled; that of the step's own groups is biased towards one half).
     """
@@ -32,6 +33,7 @@ def refill(
     metrics = {
         "dynamic/draws": float(draws),
         "dynamic/groups": float(len(sampled)),
+        "dynamic/response_tokens": float(sum(len(c.token_ids) for group in sampled for c in group.completions)),
         "dynamic/all_correct": float(sum(correct(group) == len(group.completions) for group in sampled)),
         "dynamic/none_correct": float(sum(correct(group) == 0 for group in sampled)),
         "dynamic/surplus": float(max(0, len(mixed) - wanted)),

@@ -1,7 +1,7 @@
 """The figures of one run: accuracy, what it took to reach a given one, and how training looked towards the end.
 
     reached(target) = the first evaluation whose accuracy is at least the target
-    rollout tokens  = sum over the steps before it of completions * mean response length
+    rollout tokens  = sum over the steps before it of completions * mean response length, or of all that was sampled
     seconds         = sum over the steps before it of time/step - time/evaluate - time/save
 
 so a run is charged for what it did before that evaluation, and not for being evaluated. The resolution is
@@ -95,9 +95,10 @@ def _file_figures(run: Run, metric: str, series: Series, target: float | None) -
 
 
 def rollout_tokens(run: Run) -> Series:
-    """Tokens sampled in each step; steps without rollouts (SFT) are not there."""
-    lengths = dict(run.series("response_length/mean"))
-    return [(step, number * lengths[step]) for step, number in run.series("count/completions") if step in lengths]
+    """Tokens sampled in each step, with those of groups that dynamic sampling dropped; SFT steps are not there."""
+    lengths, drawn = dict(run.series("response_length/mean")), dict(run.series("dynamic/response_tokens"))
+    kept = {step: number * lengths[step] for step, number in run.series("count/completions") if step in lengths}
+    return sorted((kept | drawn).items())
 
 
 def seconds(run: Run) -> Series:

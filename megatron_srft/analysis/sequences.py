@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_srft.advantages import to_sequences
+from megatron_srft.advantages import to_sequences, with_advantages
 from megatron_srft.config import ConfigError, RunConfig
 from megatron_srft.data import RowCounts, check_vocabulary, load_dataset
 from megatron_srft.data.readers import read_rows
@@ -79,7 +79,7 @@ def dumped(files: Sequence[Path], settings: RunConfig, most: int = 0) -> list[Tr
         groups = load_dump(path)[: most or None]
         if any(group.scores is None for group in groups):
             raise ValueError(f"{path}: its rollouts have no scores, so their advantages are not known")
-        found += to_sequences(groups, settings.advantage, settings.rewards)
+        found += with_advantages(to_sequences(groups), groups, settings.advantage, settings.rewards)
     return [one for one in found if not one.is_demonstration]
 
 

@@ -166,6 +166,11 @@ def _settings(options: argparse.Namespace, source: PolicySource) -> RunConfig:
         least = 1 if name == "samples" else 0
         if getattr(options, name, least) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(options, name)}")
+    if options.what == "clipped" and settings.kl.in_reward and _are_dumps(options.files):
+        raise ConfigError(
+            "kl.place is reward, so the run's advantages hold a divergence that its rollout dumps do not; a --config "
+            "with kl.coefficient 0 takes those of the scores alone"
+        )
     # No method matters here, and some refuse the greedy sampling that --temperature 0 asks for.
     no_method = {"objective": SftConfig(), "kl": KlConfig()}
     return replace(settings, rollout=rollout, seed=getattr(options, "seed", settings.seed), **no_method)

@@ -67,6 +67,12 @@ def test_figures_are_those_computed_by_hand(runs):
     assert sft.late == {"entropy/demonstrations": 0.4}
 
 
+def test_groups_that_dynamic_sampling_dropped_were_paid_for_too(tmp_path):
+    steps = [rl_step(5.0, 1.0), rl_step(5.0, 1.0, **{"dynamic/response_tokens": 100.0})]
+    (figures,) = compare_runs({"dapo": [write_run(tmp_path / "dapo", steps, {})]}).methods["dapo"]
+    assert figures.rollout_tokens == 8 * 5 + 100
+
+
 def test_spread_over_seeds_is_the_unbiased_deviation(runs):
     comparison = compare_runs(runs, target=0.6)
     final = comparison.spread("rl", "a", "final")
