@@ -47,7 +47,7 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
         for remark in remarks(stage):
             print(f"  note: {remark}")
         print_stage(stage, model, world_size, tokenizer)
-    print_disk(config, model)
+    print_disk([stage for _, stage in stages], model)
     command = f"torchrun --nproc-per-node {world_size} -m megatron_srft.train {shlex.join(arguments)}"
     print(f"\nnothing was trained; to train: {command}")
     return 0
@@ -128,17 +128,22 @@ def print_memory(stage: RunConfig, model: Architecture, world_size: int) -> None
         for number in range(stage.parallel.pipeline)
     ]
     print("  memory per rank, by pipeline stage (estimate, without the libraries themselves):")
-    names = ("parameters", "gradients", "optimizer", "activations", "LM head", "engine", "KV cache", "peak")
+    names = ["parameters", "gradients", "optimizer", "activations", "LM head", "engine", "KV cache", "critic", "peak"]
     print_table(("stage", *names), rows)
+    if stage.kl.needs_reference:
+        sizes = [layout.memory(stage, model, n, world_size, padded).reference for n in range(stage.parallel.pipeline)]
+        print(f"  reference policy (kl.coefficient): up to {amount(max(sizes))} of host memory per rank")
 
 
 def memory_cells(memory: Memory) -> list[str]:
     parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.head)
-    return [amount(part) for part in (*parts, memory.engine, memory.cache, memory.peak)]
+    return [amount(part) for part in (*parts, memory.engine, memory.cache, memory.critic, memory.peak)]
 
 
-def print_disk(config: RunConfig, model: Architecture) -> None:
-    checkpoint, folder = layout.checkpoint_bytes(config, model), layout.hf_folder_bytes(config, model)
+def print_disk(stages: list[RunConfig], model: Architecture) -> None:
+    config = stages[0]
+    checkpoint = max(layout.checkpoint_bytes(stage, model) for stage in stages)
+    folder = layout.hf_folder_bytes(config, model)
     print(
         f"\ndisk: {amount(checkpoint)} per checkpoint (the newest {config.checkpoint.keep} are kept), "
         f"{amount(folder)} per Hugging Face folder, in {config.folder}"

@@ -24,6 +24,9 @@ MASTER_AND_MOMENT_BYTES = {"float32": 8, "bfloat16": 12}
 CHECKPOINT_BYTES = {"float32": 4 + 12, "bfloat16": 2 + 12}
 """The parameters as they are, and the optimizer's float32 parameter and two moments."""
 
+REFERENCE_COPIES = 2
+"""Of the weights in host memory: the reference policy's, and the policy's own while the reference is being measured."""
+
 CHUNK_BYTES = 32 << 20
 NARROWEST_CHUNK = 1024
 """Size of a chunk of logits in ops.linear_token_logprob; a test keeps them equal."""
@@ -150,6 +153,16 @@ def parameters_on(config: RunConfig, model: Architecture, stage: int, padded_voc
     return layers * per_layer + first * matrix + has_head_of_its_own * matrix + last * model.hidden_size
 
 
+def critic_parameters_on(config: RunConfig, model: Architecture, stage: int, padded_vocab: int) -> int:
+    """The same of the critic, which has one output in place of the LM head; every tensor rank holds that one whole."""
+    layout = config.parallel
+    last = stage == layout.pipeline - 1
+    numbers = parameters_on(config, model, stage, padded_vocab)
+    if last and not (stage == 0 and model.tied):
+        numbers -= padded_vocab * model.hidden_size // layout.tensor
+    return numbers + last * model.hidden_size
+
+
 # ---------------------------------------------------------------- memory and disk
 
 
@@ -168,11 +181,15 @@ class Memory:
     """The rollout engine's own whole copy of the model."""
     cache: int
     """Its keys and values at their fullest; gone before training starts."""
+    critic: int
+    """PPO's critic: its parameters, gradients and optimizer. Its activations come in turn with the policy's."""
+    reference: int
+    """The reference policy, in host memory, whatever the device."""
 
     @property
     def peak(self) -> int:
-        """What stands all the time, and the larger of what training and generating take in turn."""
-        standing = self.parameters + self.gradients + self.optimizer + self.engine
+        """On the device: what stands all the time, and the larger of what training and generating take in turn."""
+        standing = self.parameters + self.gradients + self.optimizer + self.engine + self.critic
         return standing + max(self.activations + self.head, self.cache)
 
 
@@ -182,6 +199,7 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
     dtype = config.model.dtype
     numbers = parameters_on(config, model, stage, padded_vocab)
     shards = data_ranks if config.parallel.distributed_optimizer else 1
+    trained = BYTES[dtype] + GRADIENT_BYTES + MASTER_AND_MOMENT_BYTES[dtype] / shards
     tokens = max(config.batch.tokens_per_microbatch, config.data.max_prompt_tokens + longest_response(config))
     return Memory(
         parameters=numbers * BYTES[dtype],
@@ -191,6 +209,8 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
         head=head_bytes(config, model, tokens, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
         engine=hf_folder_bytes(config, model) if generates(config) else 0,
         cache=cache_bytes(config, model, world_size) if generates(config) else 0,
+        critic=round(critic_parameters_on(config, model, stage, padded_vocab) * trained) if config.uses_critic else 0,
+        reference=numbers * BYTES[dtype] * REFERENCE_COPIES if config.kl.needs_reference else 0,
     )
 
 
@@ -247,8 +267,15 @@ def cache_bytes(config: RunConfig, model: Architecture, world_size: int) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, model: Architecture) -> int:
-    """Disk of one full checkpoint, whatever the layout."""
-    return model.parameters * CHECKPOINT_BYTES[config.model.dtype]
+    """Disk of one full checkpoint of a (single) stage, whatever the layout."""
+    dtype = config.model.dtype
+    size = model.parameters * CHECKPOINT_BYTES[dtype]
+    if config.uses_critic:
+        head = 0 if model.tied else model.vocab_size * model.hidden_size
+        size += (model.parameters - head + model.hidden_size) * CHECKPOINT_BYTES[dtype]
+    if config.kl.needs_reference:
+        size += model.parameters * BYTES[dtype]
+    return size
 
 
 def hf_folder_bytes(config: RunConfig, model: Architecture) -> int:

@@ -45,7 +45,7 @@ class Saves:
         """Fill the trainer from the checkpoint that was found; returns the numbers that were saved beside it."""
         assert self.found is not None
         path, progress = self.found
-        checkpoint.load(path, trainer.models, trainer.optimizer, self.groups, trainer.reference)
+        checkpoint.load(path, trainer.models, trainer.optimizer, self.groups, trainer.reference, trainer.critic)
         trainer.policy_version = progress.policy_version
         trainer.skipped_in_a_row = progress.skipped_in_a_row
         if is_main():
@@ -65,6 +65,7 @@ class Saves:
             self.keep,
             arrays,
             trainer.reference,
+            trainer.critic,
         )
         self.saved_step = progress.step
 

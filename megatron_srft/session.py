@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -127,8 +127,12 @@ class Session:
         self.batches_drawn += 1
         return self.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
 
-    def roll_out(self, prompts: list[Prompt]) -> list[Group]:
-        """Sample completions with the current weights and attach each prompt's demonstration of this step."""
+    def roll_out(self, prompts: list[Prompt], sampled: Sequence[Prompt] = ()) -> list[Group]:
+        """Sample completions with the current weights and attach each prompt's demonstration of this step.
+
+        Args:
+            sampled: prompts of the step's earlier draws; one that comes again gets other completions.
+        """
         if not self.stage.samples_rollouts:
             return self._demonstrated(prompts, self.step)
         shown = self.config.uses_demonstrations
@@ -144,6 +148,7 @@ class Session:
                 self.config.seed,
                 self.step,
                 self.groups.world,
+                sampled=sampled,
             )
 
     def score(self, groups: list[Group]) -> list[Group]:
@@ -171,8 +176,13 @@ class Session:
         if not batch.dynamic_sampling:
             return groups
 
+        sampled = [group.prompt for group in groups]
+
         def sample() -> list[Group]:
-            return self.score(self.roll_out(self.next_prompts()))
+            prompts = self.next_prompts()
+            more = self.score(self.roll_out(prompts, sampled))
+            sampled.extend(prompts)
+            return more
 
         groups, self.sampling = refill(groups, sample, batch.prompts_per_step, batch.max_draws)
         return groups

@@ -155,3 +155,25 @@ def test_disk():
     assert layout.checkpoint_bytes(run(model={"dtype": "bfloat16"}), QWEN_7B) == 14 * 7_615_616_512
     assert layout.checkpoint_bytes(run(), QWEN_7B) == 16 * 7_615_616_512
     assert layout.hf_folder_bytes(run(), QWEN_7B) == 4 * 7_615_616_512
+
+
+def test_a_critic_is_a_second_model_without_an_lm_head_and_with_an_optimizer():
+    head = MATRIX - 3584  # an LM head in the policy, one output in the critic
+    for parallel, stage, missing in (({}, 0, head), ({"pipeline": 2}, 0, 0), ({"pipeline": 2}, 1, head)):
+        config = run(parallel=parallel, objective={"kind": "ppo"}, model={"dtype": "bfloat16"})
+        got = layout.memory(config, QWEN_7B, stage, 8, 152064)
+        numbers = layout.parameters_on(config, QWEN_7B, stage, 152064) - missing
+        assert got.critic == pytest.approx(numbers * (2 + 4 + 12 * config.parallel.pipeline / 8), abs=1)
+        standing = got.parameters + got.gradients + got.optimizer + got.engine + got.critic
+        assert got.peak == standing + max(got.cache, got.activations + got.head)
+        assert layout.checkpoint_bytes(config, QWEN_7B) == 14 * (2 * 7_615_616_512 - head)
+    tied = dataclasses.replace(QWEN_7B, tied=True)
+    assert layout.critic_parameters_on(run(), tied, 0, 152064) == 28 * PER_LAYER + MATRIX + 2 * 3584
+
+
+def test_a_reference_policy_is_in_host_memory_and_on_disk():
+    config = run(kl={"coefficient": 0.01}, objective={"kind": "grpo"})
+    got, without = (layout.memory(c, QWEN_7B, 0, 1, 152064) for c in (config, run(objective={"kind": "grpo"})))
+    assert (got.reference, without.reference) == (2 * 4 * 7_615_616_512, 0)
+    assert got.peak == without.peak
+    assert layout.checkpoint_bytes(config, QWEN_7B) == 20 * 7_615_616_512

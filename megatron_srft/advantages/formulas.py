@@ -5,6 +5,7 @@ With rewards R of a group's members (its completions, and its demonstration wher
     group           A_i = R_i - mean(R)                        GRPO (arXiv 2402.03300), SRFT eq. 7, LUFFY eq. 4
     leave_one_out   A_i = R_i - mean of the other members      RLOO (arXiv 2402.14740)
     none            A_i = R_i                                  REINFORCE++ (arXiv 2501.03262)
+    gae             against a critic's values, see returns.py  PPO (arXiv 1707.06347)
 
 divided by std(R) + std_epsilon under `normalize_std`. The standard deviation is the unbiased one (n - 1), as torch.std
 and hence verl and LUFFY compute it; the papers do not say. A group of one, and a group of equal rewards, has

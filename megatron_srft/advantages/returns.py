@@ -1,4 +1,5 @@
-"""Discounted returns of the tokens of a response, one discount per reward (arXiv 2502.03373, section 4.6)."""
+"""Discounted returns of the tokens of a response, one discount per reward (arXiv 2502.03373, section 4.6), and what a
+critic's values make of them."""
 
 import numpy as np
 import torch
@@ -42,3 +43,19 @@ def divergence_returns(sequence: TrainingSequence, kl: KlConfig) -> np.ndarray:
         for logprobs in (sequence.policy_logprobs, sequence.reference_logprobs)
     )
     return discounted(-kl.coefficient * divergence(policy, reference, kl.estimator).numpy(), kl.gamma)
+
+
+def generalised_advantages(returns: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
+    """GAE (arXiv 1506.02438): A_t = sum over l >= 0 of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    With the value 0 behind the last token, r_t = G_t - gamma G_{t+1} gives delta_t = e_t - gamma e_{t+1}, where
+    e_t = G_t - V_t. For lam = 1 the sum is e_t, whatever the discounts in G_t are.
+
+    Args:
+        returns: [response] G_t, discounted by gamma alone unless lam is 1.
+        values: [response] V_t, before token t.
+    """
+    errors = np.asarray(returns, np.float64) - values
+    if lam == 1:
+        return errors
+    return discounted(errors - gamma * np.append(errors[1:], 0.0), gamma * lam)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_srft.advantages.formulas import centred_returns, group_advantages
-from megatron_srft.advantages.returns import divergence_returns, token_returns
+from megatron_srft.advantages.returns import divergence_returns, generalised_advantages, token_returns
 from megatron_srft.config import AdvantageConfig, KlConfig, RewardConfig, name_streams
-from megatron_srft.sample import Group, TrainingSequence
+from megatron_srft.sample import Group, Score, TrainingSequence
 
 NO_PENALTY = KlConfig()
 
@@ -56,7 +56,7 @@ def with_advantages(
     rewards: Sequence[RewardConfig] = (),
     kl: KlConfig = NO_PENALTY,
 ) -> list[TrainingSequence]:
-    """The sequences of `to_sequences(groups)` with their advantages.
+    """The sequences of `to_sequences(groups)` with their advantages, and with kind gae what the critic is to predict.
 
     A demonstration outside its group's advantage (left out by the config, truncated and hence without a score, or not
     judged because the verifier failed) has advantage 0: it still teaches through a supervised term.
@@ -64,10 +64,20 @@ def with_advantages(
     Args:
         rewards: what the groups were scored with; its gammas and weights make the returns of tokens.
         kl: with place reward, the sequences must have policy_logprobs and reference_logprobs.
+        sequences: with kind gae, all are rollouts and have values.
     """
     streams, advantages = name_streams(rewards), []
-    for index, members in itertools.groupby(sequences, key=lambda s: s.group):
-        advantages += _advantages(groups[index], list(members), config, streams, kl)
+    if config.kind == "gae":
+        scores = [score for group in groups for score in group.scores or ()]
+        advantages = [
+            _against_values(score, s, config, streams, kl) for score, s in zip(scores, sequences, strict=True)
+        ]
+        sequences = [
+            replace(s, returns=(a + s.values).astype(np.float32)) for s, a in zip(sequences, advantages, strict=True)
+        ]
+    else:
+        for index, members in itertools.groupby(sequences, key=lambda s: s.group):
+            advantages += _advantages(groups[index], list(members), config, streams, kl)
     if config.normalize_batch:
         advantages = _over_batch(advantages, sequences, config.std_epsilon)
     return [replace(s, advantages=np.asarray(a, dtype=np.float32)) for s, a in zip(sequences, advantages, strict=True)]
@@ -81,6 +91,18 @@ def _over_batch(advantages: list[np.ndarray], sequences: list[TrainingSequence],
         return advantages
     mean, deviation = tokens.mean(), tokens.std() + epsilon
     return [a if s.is_demonstration else (a - mean) / deviation for a, s in zip(advantages, sequences, strict=True)]
+
+
+def _against_values(
+    score: Score, sequence: TrainingSequence, config: AdvantageConfig, streams: dict[str, RewardConfig], kl: KlConfig
+) -> np.ndarray:
+    """[response] generalised advantages; with lam below 1 the config has one gamma only."""
+    assert sequence.values is not None, "the critic's values were not measured"
+    returns = token_returns(score, sequence.response_length, streams)[: sequence.response_length]
+    if kl.in_reward:
+        returns = returns + divergence_returns(sequence, kl)
+    gamma = next((stream.gamma for stream in streams.values()), 1.0)
+    return generalised_advantages(returns, sequence.values, gamma, config.lam)
 
 
 def _advantages(

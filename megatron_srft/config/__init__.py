@@ -11,11 +11,12 @@ replaces every such `None`, and the resolved tree is what a run writes into its 
 from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require
 from megatron_srft.config.combined import ChordConfig, HptConfig, ReliftConfig, RlSftConfig, SurrogateConfig
+from megatron_srft.config.critic import CriticConfig, CriticOptimizerConfig
 from megatron_srft.config.denominators import Denominator
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import LuffyConfig, SrftConfig
-from megatron_srft.config.policy_gradient import GrpoConfig
+from megatron_srft.config.policy_gradient import GrpoConfig, PpoConfig
 from megatron_srft.config.rewards import (
     VERIFIERS,
     CosineRewardConfig,
@@ -69,6 +70,8 @@ __all__ = [
     "ChordConfig",
     "ConfigError",
     "CosineRewardConfig",
+    "CriticConfig",
+    "CriticOptimizerConfig",
     "DataConfig",
     "Denominator",
     "EvaluationConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "OptimizerConfig",
     "OverlongRewardConfig",
     "PRESETS",
+    "PpoConfig",
     "ParallelConfig",
     "ParityConfig",
     "RepetitionRewardConfig",

@@ -24,3 +24,8 @@ def require_clips(objective: Any, *names: str) -> None:
     for name in names:
         value = getattr(objective, name)
         require(value is None or value >= 0, f"objective.{name} must not be negative, got {value}")
+
+
+def require_dual_clip(objective: Any) -> None:
+    bound = objective.dual_clip
+    require(bound is None or bound > 1, "objective.dual_clip must be above 1; null switches it off")

@@ -11,8 +11,8 @@ class KlConfig:
     """Weight of the divergence of the policy from the other one, over the rollouts' tokens; 0 switches it off."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """With d = log policy - log other: k1 is d, k2 is d^2 / 2, k3 is exp(-d) - 1 + d (GRPO's). docs/objectives.md says
-    which one has which bias in the loss and in the reward."""
+    """With d = log p - log q of KL(p || q): k1 is d, k2 is d^2 / 2, k3 is exp(-d) - 1 + d (GRPO's). docs/objectives.md
+    says which one has which bias in the loss and in the reward."""
 
     place: Literal["loss", "reward"] = "loss"
     """loss: a term of the loss (GRPO). reward: subtracted from every token's reward (PPO, REINFORCE++)."""
@@ -21,8 +21,8 @@ class KlConfig:
     """Discount of the divergence as a reward; only with place reward."""
 
     against: Literal["reference", "old"] = "reference"
-    """reference: the policy at the stage's start or latest refresh. old: the policy before the step, the penalty form
-    of TRPO's and PPO's trust region; it needs place loss and batch.updates_per_step above 1."""
+    """reference: KL(policy || the policy at the stage's start or latest refresh). old: KL(policy before the step ||
+    policy), the penalty form of TRPO's and PPO's trust region; needs place loss and batch.updates_per_step above 1."""
 
     refresh_every: int | None = None
     """Steps after which the current policy becomes the reference. null: never within a stage."""

@@ -7,7 +7,7 @@ import pydantic
 
 from megatron_srft.config.combined import ChordConfig, HptConfig, ReliftConfig, RlSftConfig
 from megatron_srft.config.mixed import LuffyConfig, SrftConfig
-from megatron_srft.config.policy_gradient import GrpoConfig
+from megatron_srft.config.policy_gradient import GrpoConfig, PpoConfig
 from megatron_srft.config.supervised import PsftConfig, SftConfig, SftKlConfig
 
 Objectives = (
@@ -15,6 +15,7 @@ Objectives = (
     | SftKlConfig
     | PsftConfig
     | GrpoConfig
+    | PpoConfig
     | LuffyConfig
     | SrftConfig
     | RlSftConfig
@@ -70,6 +71,7 @@ ADVANTAGES: dict[str, dict[str, Any]] = {
     "dr_grpo": GROUP_MEAN,
     "rloo": GROUP_MEAN | dict(kind="leave_one_out"),
     "reinforce_pp": GROUP_MEAN | dict(kind="none", normalize_batch=True),
+    "ppo": GROUP_MEAN | dict(kind="gae", normalize_batch=True),
     "luffy": GROUP_MEAN | dict(include_demonstration=True),
     "srft-paper": GROUP | dict(include_demonstration=True),
     "srft-released": GROUP_MEAN | dict(include_demonstration=True),

@@ -2,8 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from megatron_srft.config.base import require, section
-from megatron_srft.config.denominators import Denominator, require_clips, require_positive
+from megatron_srft.config.base import section
+from megatron_srft.config.denominators import Denominator, require_clips, require_dual_clip, require_positive
 
 
 @section
@@ -37,6 +37,34 @@ class GrpoConfig:
     def __post_init__(self):
         require_positive(self, "constant_length")
         require_clips(self, "clip_low", "clip_high")
-        require(
-            self.dual_clip is None or self.dual_clip > 1, "objective.dual_clip must be above 1; null switches it off"
-        )
+        require_dual_clip(self)
+
+
+@section
+class PpoConfig:
+    kind: Literal["ppo"] = "ppo"
+    samples_rollouts: ClassVar[bool] = True
+    learns_from_demonstrations: ClassVar[bool] = False
+
+    clip_low: float = 0.2
+    """The importance ratio is clipped below at 1 - clip_low."""
+
+    clip_high: float = 0.2
+    """The importance ratio is clipped above at 1 + clip_high."""
+
+    dual_clip: float | None = None
+    """Bound on the ratio for negative advantages (dual-clip PPO); null switches it off."""
+
+    denominator: Denominator = "sequence_mean"
+    """How the loss is averaged; the long-chain paper (arXiv 2502.03373) has sequence_mean."""
+
+    constant_length: int | None = None
+    """Tokens per sequence for the constant denominator. null: rollout.max_response_tokens."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus, subtracted from the loss."""
+
+    def __post_init__(self):
+        require_positive(self, "constant_length")
+        require_clips(self, "clip_low", "clip_high")
+        require_dual_clip(self)

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require, section
+from megatron_srft.config.critic import CriticConfig, check_critic
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
@@ -61,6 +62,7 @@ class RunConfig:
     rewards: tuple[RewardConfig, ...] = (MathRewardConfig(),)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     kl: KlConfig = field(default_factory=KlConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     objective: ObjectiveConfig = field(default_factory=SrftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -102,6 +104,7 @@ class RunConfig:
                 f"objective {self.objective.kind} asks how many of a prompt's completions are right, and compares them "
                 "with each other; raise batch.rollouts_per_prompt above 1",
             )
+            check_critic(self)
 
     def _check_kl(self) -> None:
         require(
@@ -154,6 +157,11 @@ class RunConfig:
     def uses_demonstrations(self) -> bool:
         """Whether a step has demonstrations. GRPO learns nothing from them; its advantage may count them if told to."""
         return self.objective.learns_from_demonstrations or bool(self.advantage.include_demonstration)
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether a critic's values are what returns are held against."""
+        return self.objective.kind == "ppo"
 
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""

@@ -1,6 +1,6 @@
 """The policy and what it learns from: model, layout, optimizer, data, batches."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_srft.config.base import require, require_at_least, section
 
@@ -60,6 +60,8 @@ class ParallelConfig:
 
 @section
 class OptimizerConfig:
+    SECTION: ClassVar[str] = "optimizer"
+
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
 
@@ -88,11 +90,12 @@ class OptimizerConfig:
     """Global gradient-norm clip; 0 switches it off."""
 
     def __post_init__(self):
-        require_at_least(0, self, "optimizer", "lr", "warmup_steps", "adam_epsilon", "weight_decay", "clip_grad")
+        name_of_section = self.SECTION
+        require_at_least(0, self, name_of_section, "lr", "warmup_steps", "adam_epsilon", "weight_decay", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), not {value}")
-        require(0 <= self.min_lr_ratio <= 1, "optimizer.min_lr_ratio must lie between 0 and 1")
+            require(0 <= value < 1, f"{name_of_section}.{name} must lie in [0, 1), not {value}")
+        require(0 <= self.min_lr_ratio <= 1, f"{name_of_section}.min_lr_ratio must lie between 0 and 1")
 
 
 @section

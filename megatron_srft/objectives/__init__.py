@@ -36,6 +36,7 @@ FORMULAS: dict[str, Callable[[ObjectiveInputs, Counts, ObjectiveConfig], Objecti
     "sft_kl": sft_kl,
     "psft": psft,
     "grpo": grpo,
+    "ppo": grpo,
     "luffy": luffy,
     "srft": srft,
     "rl_sft": rl_sft,

@@ -5,13 +5,13 @@
 
 GRPO: arXiv 2402.03300. DAPO (arXiv 2503.14476) is the preset with a higher upper clip and the mean over all tokens;
 Dr.GRPO (arXiv 2503.20783) the one with the constant denominator and advantages without the standard deviation. Dual
-clip (arXiv 1912.09729) bounds the ratio of negative advantages.
+clip (arXiv 1912.09729) bounds the ratio of negative advantages. PPO (arXiv 1707.06347) is the same surrogate with an
+advantage for every token, against a critic's values (advantages/returns.py); the critic's loss is in value.py.
 
-Demonstration rows contribute nothing. Differs from the papers: no KL term to a reference policy (DAPO and Dr.GRPO drop
-it as well).
+Demonstration rows contribute nothing. A KL term to a reference policy is added by kl.py.
 """
 
-from megatron_srft.config import GrpoConfig
+from megatron_srft.config import GrpoConfig, PpoConfig
 from megatron_srft.objectives.terms import (
     ObjectiveInputs,
     ObjectiveOutput,
@@ -22,8 +22,8 @@ from megatron_srft.objectives.terms import (
 from megatron_srft.sample import Counts
 
 
-def grpo(inputs: ObjectiveInputs, counts: Counts, config: GrpoConfig) -> ObjectiveOutput:
-    """This micro-batch's share of the GRPO loss."""
+def grpo(inputs: ObjectiveInputs, counts: Counts, config: GrpoConfig | PpoConfig) -> ObjectiveOutput:
+    """This micro-batch's share of the loss of GRPO, or of PPO's policy."""
     terms = {
         "rollouts": clipped_surrogate(inputs, counts, config, dual_clip=config.dual_clip),
         "entropy_bonus": entropy_bonus("rollouts", counts, config.entropy_coefficient),

@@ -1,9 +1,11 @@
 """The penalty in the loss that holds the policy near another one.
 
-    loss + kl.coefficient * mean_t k(log policy(y_t) - log other(y_t))        over the rollouts' tokens
+    loss + kl.coefficient * mean_t k(log policy(y_t) - log reference(y_t))        over the rollouts' tokens
+    loss + kl.coefficient * mean_t k(log old(y_t) - log policy(y_t))
 
-GRPO (arXiv 2402.03300, equation 4) with k3, under the mean of its surrogate; against the policy before the step it is
-the penalty form of PPO (arXiv 1707.06347, equation 8). The estimators: ops/divergence.py.
+The first is GRPO's with k3 (arXiv 2402.03300, equation 4), under the mean of its surrogate. The second is the penalty
+form of TRPO's and PPO's trust region (arXiv 1707.06347, equation 8), KL(old || policy): the old policy has sampled the
+tokens, so k1 and k3 estimate it without bias, and so do their gradients. The estimators: ops/divergence.py.
 """
 
 import dataclasses
@@ -27,11 +29,13 @@ def add_penalty(
     """
     denominator = getattr(objective, "denominator", "tokens")
     mean = mean_over("rollouts", counts, Mean(denominator, getattr(objective, "constant_length", None)), kl.coefficient)
-    other = inputs.reference_logprobs
     if kl.against == "old":
-        other = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    assert other is not None, "the reference policy's log-probs were not measured"
-    rows = divergence(inputs.logprobs, other, kl.estimator).masked_fill(inputs.is_demonstration, 0)
+        old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+        rows = divergence(old, inputs.logprobs, kl.estimator)
+    else:
+        assert inputs.reference_logprobs is not None, "the reference policy's log-probs were not measured"
+        rows = divergence(inputs.logprobs, inputs.reference_logprobs, kl.estimator)
+    rows = rows.masked_fill(inputs.is_demonstration, 0)
     if mean["per_length"]:
         rows = rows / inputs.response_lengths
     penalty = mean["scale"] * rows.sum()

@@ -3,9 +3,9 @@
     d = log policy(y_t) - log other(y_t)        k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
 
 http://joschu.net/blog/kl-approx.html. On tokens that the policy itself has sampled, k1 and k3 are unbiased estimates of
-KL(policy || other), and k2 is one to second order. Their gradients are another matter: the mean of k1 has the gradient
-0, that of k2 the gradient of KL(policy || other), and that of k3, 1 - exp(-d) by the log-prob, the one of
-KL(other || policy).
+KL(policy || other), and k2 is one to second order. Their gradients by the policy are another matter: the mean of k1 has
+the gradient 0, that of k2 the gradient of KL(policy || other), and that of k3, 1 - exp(-d) by the log-prob, the one of
+KL(other || policy). By the other, which has not sampled, the gradients of k1 and k3 are those of KL(policy || other).
 """
 
 from torch import Tensor

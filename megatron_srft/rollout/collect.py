@@ -1,7 +1,7 @@
 """One step's groups: prompts shared over all ranks, completions sampled, everything gathered on every rank."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_srft import distributed
 from megatron_srft.config import SamplingConfig
@@ -21,6 +21,7 @@ def collect(
     step: int,
     world: distributed.Group,
     *,
+    sampled: Sequence[Prompt] = (),
     score: Score | None = None,
 ) -> list[Group]:
     """Sample `n` completions of every prompt, each prompt on one rank of `world`.
@@ -29,13 +30,14 @@ def collect(
         prompts: the same list on every rank.
         demonstrations: one (or None) per prompt, the same on every rank.
         step: keys the random streams, with `seed`; the completions do not depend on the number of ranks.
+        sampled: prompts for which `n` completions each were sampled before in this step.
         score: called on this rank's own groups before they are gathered, for example `Scorer.score`.
 
     Returns:
         One group per prompt, in the order of `prompts`; the same list on every rank.
     """
     assert len(demonstrations) == len(prompts)
-    own, first = share(prompts, world), first_samples(prompts, n)
+    own, first = share(prompts, world), first_samples(prompts, n, sampled)
     requests = [Request(prompt=prompts[i], sample=first[i] + s, seed=seed, step=step) for i in own for s in range(n)]
     completions = engine.generate(requests, sampling) if requests else []
     groups = [
@@ -51,12 +53,13 @@ def collect(
     return gather(dict(zip(own, groups, strict=True)), prompts, demonstrations, world)
 
 
-def first_samples(prompts: list[Prompt], n: int) -> list[int]:
-    """Number of each prompt's first sample: 0, or n * k for a prompt that stands k times before it.
+def first_samples(prompts: list[Prompt], n: int, sampled: Sequence[Prompt] = ()) -> list[int]:
+    """Number of each prompt's first sample: 0, or n * k for a prompt that stands k times before it or in `sampled`.
 
-    A step that straddles two epochs can hold a prompt twice; numbered alike, its groups would be the same completions.
+    A step that straddles two epochs, or draws several times, can hold a prompt twice; numbered alike, its groups would
+    be the same completions.
     """
-    seen: Counter[str] = Counter()
+    seen = Counter(prompt.id for prompt in sampled)
     first = []
     for prompt in prompts:
         first.append(n * seen[prompt.id])

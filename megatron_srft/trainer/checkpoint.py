@@ -33,10 +33,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_srft.config import ConfigError
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.trainer import publish
+from megatron_srft.trainer.critic import Critic
 from megatron_srft.trainer.manifest import CheckpointError, Progress, read_layout, read_progress
 from megatron_srft.trainer.publish import attempt
 from megatron_srft.trainer.reference import Reference
-from megatron_srft.trainer.state import kind, load_optimizer, model_key, reference_key, sharded_state
+from megatron_srft.trainer.state import CRITIC, kind, load_optimizer, model_key, reference_key, sharded_state
 
 SHAPE = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "qkv_bias",
@@ -59,12 +60,14 @@ def save(
     keep: int,
     arrays: dict[str, np.ndarray] | None = None,
     reference: Reference | None = None,
+    critic: Critic | None = None,
 ) -> Path:
     """Write `folder/step-NNNNNN` (collective) and delete all but the newest `keep` checkpoints.
 
     Args:
         arrays: further numbers, the same on every rank, for `read_arrays`.
         reference: the policy that the run is held near, where there is one.
+        critic: PPO's, where there is one.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
@@ -78,13 +81,17 @@ def save(
         "optimizer": kind(optimizer),
         "model": _shape(chunks),
         "reference": reference is not None,
+        "critic": critic is not None,
     }
     arrays = arrays or {}
-    needed = _bytes_needed(chunks, optimizer, reference) * size(groups.model)
+    needed = _bytes_needed(chunks, optimizer, reference)
+    if critic is not None:
+        needed += _bytes_needed(critic.models, critic.optimizer, None)
+    needed *= size(groups.model)
     needed += sum(array.nbytes for array in arrays.values())
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
-        or _write(partial, sharded_state(chunks, optimizer, groups, reference, loading=False), arrays, groups)
+        or _write(partial, sharded_state(chunks, optimizer, groups, reference, critic, loading=False), arrays, groups)
         or publish.complete(partial, final, progress, layout, groups)
     )
     if problem is not None:
@@ -150,27 +157,38 @@ def load(
     optimizer: MegatronOptimizer | None,
     groups: ProcessGroups,
     reference: Reference | None = None,
+    critic: Critic | None = None,
 ) -> Progress:
     """Fill model and optimizer from a checkpoint of any layout; without an optimizer only the weights are read.
 
     The checkpoint must have passed `manifest.verify`.
 
     Raises:
-        ConfigError: the model has other sizes, or the optimizer is of another kind, than the one that was saved.
+        ConfigError: the model has other sizes, or the optimizer is of another kind, than the one that was saved, or
+            it has no reference or no critic where one is wanted.
     """
     _check_shape(path, chunks)
     if optimizer is not None:
         _check_kind(path, optimizer)
     if reference is not None:
         _check_reference(path)
+    if critic is not None and not read_layout(path).get("critic"):
+        raise ConfigError(
+            f"{path} holds no critic, which objective.kind ppo needs; give PPO a stage of its own, or choose another "
+            "name for a new run"
+        )
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
-    state = sharded_state(chunks, optimizer, groups, reference, loading=True)
+    state = sharded_state(chunks, optimizer, groups, reference, critic, loading=True)
     with _weights_only():
         state = dist_checkpointing.load(state, str(path), strategy)
         for number, chunk in enumerate(chunks):
             chunk.load_state_dict(state[model_key(number, chunks)])
         if optimizer is not None:
             load_optimizer(optimizer, state["optimizer"])
+        if critic is not None:
+            for number, chunk in enumerate(critic.models):
+                chunk.load_state_dict(state[CRITIC][model_key(number, critic.models)])
+            load_optimizer(critic.optimizer, state[CRITIC]["optimizer"])
         if reference is not None:
             reference.load([state[reference_key(number)] for number in range(len(chunks))])
     return read_progress(path)

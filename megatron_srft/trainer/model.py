@@ -111,12 +111,15 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
-def build_model(hf_config: Any, run: RunConfig, groups: ProcessGroups) -> list[PolicyModel]:
+def build_model(
+    hf_config: Any, run: RunConfig, groups: ProcessGroups, kind: type[PolicyModel] = PolicyModel
+) -> list[PolicyModel]:
     """This rank's chunks of the model (one, or virtual_pipeline many), with weights not yet filled.
 
     Args:
         hf_config: a transformers config or its to_dict().
         groups: what parallel.start returned.
+        kind: class of the chunks.
 
     Raises:
         ValueError: the model is not supported, the layout does not fit it, or `megatron` has a wrong key.
@@ -126,7 +129,7 @@ def build_model(hf_config: Any, run: RunConfig, groups: ProcessGroups) -> list[P
     stage, stages = groups.pipeline.rank(), groups.pipeline.size()
     chunks = run.parallel.virtual_pipeline or 1
     return [
-        PolicyModel(
+        kind(
             config,
             layer_specs(config, number if chunks > 1 else None),
             architecture,

@@ -6,12 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_srft.distributed import ProcessGroups
+from megatron_srft.trainer.critic import Critic
 from megatron_srft.trainer.reference import Reference
+
+CRITIC = "critic"
+"""Its place in the state, and in front of its tensors' names in a checkpoint."""
 
 
 def sharded_state(
@@ -19,6 +24,7 @@ def sharded_state(
     optimizer: MegatronOptimizer | None,
     groups: ProcessGroups,
     reference: Reference | None = None,
+    critic: Critic | None = None,
     *,
     loading: bool,
 ) -> dict[str, Any]:
@@ -39,6 +45,9 @@ def sharded_state(
             state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     if reference is not None:
         state |= {reference_key(n): part for n, part in enumerate(reference.sharded_state(metadata))}
+    if critic is not None:
+        state[CRITIC] = sharded_state(critic.models, critic.optimizer, groups, loading=loading)
+        add_prefix_for_sharding(state[CRITIC], f"{CRITIC}.")
     return state
 
 

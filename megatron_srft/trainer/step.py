@@ -2,12 +2,14 @@
 
 `train_pass` accumulates gradients and returns metrics; `statistics_pass` only measures log-probs and entropies. Both
 give every rank the same answer. The path from here to a loss formula: train_pass -> the schedule -> `_objective_loss`
--> objectives.compute -> the objective's own file.
+-> objectives.compute -> the objective's own file. `accumulate` and `measure` are what the two are made of; the critic
+(trainer/critic.py) uses them too.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +23,19 @@ from megatron_srft.sample import Counts, PackedBatch, TokenStats
 from megatron_srft.trainer.architecture import uses_transformer_engine
 from megatron_srft.trainer.attention import PackedParams, packed_params
 from megatron_srft.trainer.head import token_stats
+from megatron_srft.trainer.model import PolicyModel
+
+
+class Network(Protocol):
+    """A model as one rank holds it, and what it makes of hidden states: a `Policy`, or a `critic.Critic`."""
+
+    chunks: list[DistributedDataParallel]
+    """Model chunks of this pipeline stage, one unless the schedule is interleaved."""
+
+    groups: ProcessGroups
+
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> Any:
+        """What the loss takes, from the last stage's hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +55,17 @@ class Policy:
     saved_logits_bytes: int
     """A micro-batch's logits are kept for the backward pass if they fit."""
 
-    @property
-    def config(self):
-        return self.chunks[0].module.config
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> TokenStats:
+        return token_stats(
+            hidden,
+            model.output_weight(),
+            batch,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            saved_logits_bytes=self.saved_logits_bytes,
+            sequence_parallel=model.config.sequence_parallel,
+            tensor_group=self.groups.tensor,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +91,37 @@ def train_pass(
         counts: populations of the whole update, over all data ranks.
         config: resolved; its sections objective, kl and parity are the loss.
     """
-    loss = partial(_objective_loss, counts=counts, config=config)
-    partials = _run_schedule(policy, microbatches, loss, forward_only=False)
-    return _reduce_metrics(partials, policy.groups)
+    return accumulate(policy, microbatches, partial(_objective_loss, counts=counts, config=config))
 
 
 def statistics_pass(policy: Policy, microbatches: list[PackedBatch]) -> dict[int, SequenceStats]:
     """Log-probs and entropies of every sequence of the step (by index), on every rank, without gradients."""
+    return measure(policy, microbatches, _collect_statistics)
+
+
+def accumulate(
+    network: Network, microbatches: list[PackedBatch], loss: Callable[[PackedBatch, Any], objectives.ObjectiveOutput]
+) -> dict[str, float]:
+    """Add the gradient of every micro-batch's loss to the network's; the metrics, equal on all ranks."""
+
+    def share(batch: PackedBatch, outputs: Any) -> tuple[torch.Tensor, torch.Tensor, objectives.Metrics]:
+        output = loss(batch, outputs)
+        # The schedule wants a token count; zero, because the loss is normalised already (see optimizer.py).
+        return output.loss, torch.zeros((), dtype=torch.int, device=output.loss.device), output.metrics
+
+    return _reduce_metrics(_run_schedule(network, microbatches, share, forward_only=False), network.groups)
+
+
+def measure(
+    network: Network, microbatches: list[PackedBatch], collect: Callable[[PackedBatch, Any], dict[int, Any]]
+) -> dict[int, Any]:
+    """What `collect` finds in each micro-batch for its sequences (by index), on every rank, without gradients."""
     with torch.no_grad():
-        shares = _run_schedule(policy, microbatches, _collect_statistics, forward_only=True)
-    if size(policy.groups.pipeline) > 1:
-        shares = broadcast_object(shares, policy.groups.pipeline, size(policy.groups.pipeline) - 1)
-    found: dict[int, SequenceStats] = {}
-    for share in all_gather_objects(shares, policy.groups.data):
+        shares = _run_schedule(network, microbatches, collect, forward_only=True)
+    if size(network.groups.pipeline) > 1:
+        shares = broadcast_object(shares, network.groups.pipeline, size(network.groups.pipeline) - 1)
+    found: dict[int, Any] = {}
+    for share in all_gather_objects(shares, network.groups.data):
         for part in share:
             found.update(part)
     return found
@@ -91,38 +132,38 @@ def statistics_pass(policy: Policy, microbatches: list[PackedBatch]) -> dict[int
 
 def _objective_loss(
     batch: PackedBatch, stats: TokenStats, counts: Counts, config: RunConfig
-) -> tuple[torch.Tensor, torch.Tensor, objectives.Metrics]:
+) -> objectives.ObjectiveOutput:
     inputs = objectives.gather_inputs(batch, stats)
     parity = config.parity
     if parity.on_failure != "stop":
         inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
-    output = objectives.compute(inputs, counts, config.objective, config.kl)
-    # The schedule wants a token count; zero, because the loss is normalised already (see optimizer.py).
-    return output.loss, torch.zeros((), dtype=torch.int, device=output.loss.device), output.metrics
+    return objectives.compute(inputs, counts, config.objective, config.kl)
 
 
 def _collect_statistics(batch: PackedBatch, stats: TokenStats) -> dict[int, SequenceStats]:
+    logprobs, entropy = per_sequence(batch, stats.logprobs), per_sequence(batch, stats.entropy)
+    return {index: SequenceStats(logprobs=logprobs[index], entropy=entropy[index]) for index in logprobs}
+
+
+def per_sequence(batch: PackedBatch, rows: torch.Tensor) -> dict[int, np.ndarray]:
+    """[rows] -> [response] float32 of each sequence, by its index in the step."""
     lengths = torch.bincount(batch.sequence, minlength=len(batch.sequence_ids)).tolist()
-    logprobs = stats.logprobs.float().cpu().split(lengths)
-    entropy = stats.entropy.float().cpu().split(lengths)
-    return {
-        index: SequenceStats(logprobs=logprobs[i].numpy(), entropy=entropy[i].numpy())
-        for i, index in enumerate(batch.sequence_ids)
-    }
+    parts = rows.float().cpu().split(lengths)
+    return {index: parts[i].numpy() for i, index in enumerate(batch.sequence_ids)}
 
 
 # ---------------------------------------------------------------- the schedule
 
 
-def _run_schedule(policy: Policy, microbatches: list[PackedBatch], loss: Callable, *, forward_only: bool) -> list:
+def _run_schedule(network: Network, microbatches: list[PackedBatch], loss: Callable, *, forward_only: bool) -> list:
     """Run Megatron's schedule; returns what `loss` reported per micro-batch (on the last stage, else [])."""
-    thd = uses_transformer_engine(policy.config.params_dtype)
+    thd = uses_transformer_engine(network.chunks[0].module.config.params_dtype)
     described = [(batch, packed_params(batch.cu_seqlens, thd)) for batch in microbatches]
-    streams = [iter(described) for _ in policy.chunks]
+    streams = [iter(described) for _ in network.chunks]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, policy=policy, loss=loss),
+        forward_step_func=partial(_forward_step, network=network, loss=loss),
         data_iterator=streams if len(streams) > 1 else streams[0],
-        model=policy.chunks,
+        model=network.chunks,
         num_microbatches=len(microbatches),
         seq_length=len(microbatches[0].token_ids),
         micro_batch_size=1,
@@ -131,23 +172,12 @@ def _run_schedule(policy: Policy, microbatches: list[PackedBatch], loss: Callabl
     )
 
 
-def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, policy: Policy, loss: Callable):
+def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, network: Network, loss: Callable):
     batch, packed = next(data)
     hidden = chunk(batch.token_ids[None], batch.position_ids[None], None, packed_seq_params=packed)
 
     def loss_function(hidden: torch.Tensor, non_loss_data: bool = False):
-        model = chunk.module
-        stats = token_stats(
-            hidden,
-            model.output_weight(),
-            batch,
-            vocab_size=policy.vocab_size,
-            temperature=policy.temperature,
-            saved_logits_bytes=policy.saved_logits_bytes,
-            sequence_parallel=model.config.sequence_parallel,
-            tensor_group=policy.groups.tensor,
-        )
-        return loss(batch, stats)
+        return loss(batch, network.outputs(hidden, chunk.module, batch))
 
     return hidden, loss_function
 

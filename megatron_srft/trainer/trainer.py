@@ -11,9 +11,11 @@ from megatron_srft.config import RunConfig
 from megatron_srft.data.packing import pack, padded_length, plan_microbatches
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.objectives import scheduled
+from megatron_srft.objectives.value import value_figures
 from megatron_srft.ops import implementations
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
+from megatron_srft.trainer.critic import Critic
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
 from megatron_srft.trainer.parallel import device, seed_step
@@ -58,6 +60,7 @@ class Trainer:
         self.policy = replace(self.policy, temperature=config.rollout.temperature)
         self.optimizer = build_optimizer(self.policy.chunks, config.optimizer, config.parallel)
         self.reference = Reference(self.models) if config.kl.needs_reference else None
+        self.critic = Critic(config, self.models, self.groups) if config.uses_critic else None
 
     def measure(self, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
         """Log-probs and entropies of every sequence under the current weights, on every rank."""
@@ -91,6 +94,9 @@ class Trainer:
             sequences = [
                 s if s.is_demonstration else replace(s, reference_logprobs=next(found).logprobs) for s in sequences
             ]
+        if self.critic is not None:
+            values = self.critic.values(self.microbatches(sequences))
+            sequences = [replace(s, values=values[index]) for index, s in enumerate(sequences)]
         return list(sequences)
 
     def step(
@@ -99,7 +105,7 @@ class Trainer:
         stage_step: int,
         demonstrations: Sequence[TrainingSequence] = (),
     ) -> dict[str, float]:
-        """Update the policy from one step's sequences.
+        """Update the policy, and the critic where there is one, from one step's sequences.
 
         Args:
             sequences: all sequences of the step, prepared, the same list on every rank.
@@ -110,10 +116,14 @@ class Trainer:
             Metrics of the step's updates put together (see `_over_updates`), equal on all ranks.
         """
         seed_step(self.config.seed, self.policy_version)
+        of_critic = self._step_critic(sequences, stage_step) if self.critic is not None else {}
+        if self.critic is not None and stage_step < self.config.critic.warmup_steps:
+            return of_critic
         objective = scheduled(self.config.objective, stage_step)
         config = replace(self.config, objective=objective)
         lr = learning_rate(config.optimizer, stage_step, self.stage_steps)
-        metrics = {**_over_updates([self._update(part, lr, config) for part in self._parts(sequences)]), "lr": lr}
+        parts = self._parts(sequences, config.batch.updates_per_step)
+        metrics = {**of_critic, **_over_updates([self._update(part, lr, config) for part in parts]), "lr": lr}
         if config.objective.kind == "chord":
             metrics["chord/mu"] = config.objective.mu
         if demonstrations:
@@ -152,6 +162,13 @@ class Trainer:
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
         return {**metrics, "grad_norm": norm, "accounting/skipped_updates": 0 if stepped else 1}
 
+    def _step_critic(self, sequences: Sequence[TrainingSequence], stage_step: int) -> dict[str, float]:
+        settings = self.config.critic
+        lr = learning_rate(settings.optimizer, stage_step, self.stage_steps)
+        parts = self._parts(sequences, settings.updates_per_step or self.config.batch.updates_per_step)
+        updates = [self.critic.update(self.microbatches(part), count(part), lr) for part in parts]
+        return {**_over_updates(updates), **value_figures(list(sequences)), "value/lr": lr}
+
     def microbatches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
         """This data rank's packed share of the sequences."""
         parallel = self.config.parallel
@@ -168,9 +185,8 @@ class Trainer:
         where = device()
         return [pack(sequences, indices, length).to(where) for indices, length in zip(plan, padded, strict=True)]
 
-    def _parts(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
-        """The step's sequences cut into `updates_per_step` shares of whole groups."""
-        updates = self.config.batch.updates_per_step
+    def _parts(self, sequences: Sequence[TrainingSequence], updates: int) -> list[list[TrainingSequence]]:
+        """The step's sequences cut into one share of whole groups for each update."""
         groups = max((s.group for s in sequences), default=0) + 1
         parts: list[list[TrainingSequence]] = [[] for _ in range(updates)]
         for sequence in sequences:
