@@ -77,11 +77,31 @@ class Comparison:
     def late(self, method: str, key: str) -> Spread | None:
         return Spread.of([run.late[key] for run in self.methods[method] if key in run.late])
 
+    def remarks(self) -> list[str]:
+        """What makes a spread or a comparison doubtful."""
+        found = []
+        for method, runs in self.methods.items():
+            seeds = [run.seed for run in runs]
+            if len(set(seeds)) < len(seeds):
+                found.append(f"{method}: several runs have the same seed ({', '.join(map(str, seeds))}), so the spread "
+                             "is not one over seeds")  # fmt: skip
+            steps = sorted({run.steps for run in runs})
+            if len(steps) > 1:
+                found.append(
+                    f"{method}: its runs have {' and '.join(map(str, steps))} steps; 'final' is of different steps"
+                )
+        for file in self.files:
+            without = [m for m, runs in self.methods.items() if len(self.on_file(m, file)) < len(runs)]
+            if without:
+                found.append(f"{file}: not all runs of {', '.join(without)} were evaluated on it")
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Everything as a plain tree: per method its runs, and the spread of each figure over them."""
         return {
             "target": self.target,
             "late_share": LATE_SHARE,
+            "remarks": self.remarks(),
             "methods": {
                 method: {"runs": [asdict(run) for run in runs], "summary": self._summary(method)}
                 for method, runs in self.methods.items()
@@ -99,8 +119,9 @@ class Comparison:
         return {"files": files, "late": {key: _plain(self.late(method, key)) for key in LATE_KEYS}}
 
     def to_markdown(self) -> str:
-        """One table per evaluation file and one of the figures of training."""
-        return "\n\n".join(f"**{title}**\n\n{markdown(heading, rows)}" for title, heading, rows in tables(self)) + "\n"
+        """One table per evaluation file and one of the figures of training, and the remarks."""
+        parts = [f"**{title}**\n\n{markdown(heading, rows)}" for title, heading, rows in tables(self)]
+        return "\n\n".join([*parts, *(f"- {remark}" for remark in self.remarks())]) + "\n"
 
 
 def compare_runs(runs: Mapping[str, Sequence[str | Path]], target: float | None = None) -> Comparison:

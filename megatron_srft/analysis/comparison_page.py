@@ -73,7 +73,7 @@ def _tables(comparison: Comparison) -> str:
     parts = [element("h3", escape(title)) + table(heading, rows) for title, heading, rows in tables(comparison)]
     if not comparison.files:
         parts.insert(0, muted("No run was evaluated; name held-out files under evaluation.files."))
-    return "".join(parts)
+    return "".join([*parts, *(muted(remark) for remark in comparison.remarks())])
 
 
 def _held_out(comparison: Comparison) -> str:

@@ -71,7 +71,7 @@ def _most_changed(found: Change, word: Callable[[int], str], lower: float, highe
     parts = [muted(f"Tokens that occur at least {min_count} times, by their mean change.")]
     for title, some in (("Raised", raised), ("Lowered", lowered)):
         cells = [_row(row, word) for row in some]
-        parts.append(element("div", element("h3", title), table(heading, cells) if cells else muted("None.")))
+        parts += [element("h3", title), table(heading, cells) if cells else muted("None.")]
     return "".join(parts)
 
 

@@ -16,6 +16,7 @@ from megatron_srft.analyze_command.references import read_references
 from megatron_srft.analyze_command.sources import find_settings, find_source, find_sources
 from megatron_srft.config import ConfigError, KlConfig, LocalRolloutConfig, ParallelConfig, RunConfig, SftConfig
 from megatron_srft.distributed import is_main
+from megatron_srft.errors import launched_rank
 from megatron_srft.sample import TrainingSequence
 
 
@@ -34,7 +35,7 @@ def show_probabilities(options: argparse.Namespace) -> int:
     with reading(settings, _layout(options)) as reader:
         texts = _texts(options, reader, {"before": before, "after": after}, tokenizer)
         found = probabilities.change(texts, reader.teacher_forced(before, texts), reader.teacher_forced(after, texts))
-    if not is_main():
+    if launched_rank() > 0:
         return 0
     words = [_words(tokenizer, one) for one in texts]
     parts = {"Policies": facts(_about(options, settings, before=before, after=after, texts=_writer(options)))}
@@ -66,7 +67,7 @@ def show_trajectory(options: argparse.Namespace) -> int:
             points.append(
                 trajectory.Point(run=policy.run, step=policy.step, path=str(policy.path), distances=distances)
             )
-    if not is_main():
+    if launched_rank() > 0:
         return 0
     described = {
         name: {"from": str(origin), "texts": len(texts), "tokens": sum(t.response_length for t in texts)}
@@ -86,7 +87,7 @@ def show_clipped(options: argparse.Namespace) -> int:
         texts = _given_texts(options, settings, tokenizer)
         measured = [reader.teacher_forced(source, texts) for source in (old, new)]
         found = clipping.clipped_tokens(texts, *measured, options.clip_low, options.clip_high)
-    if not is_main():
+    if launched_rank() > 0:
         return 0
     words = {row.token: tokenizer.decode([row.token]) for row in found.by_token}
     rows = [
@@ -134,7 +135,7 @@ def show_entropy(options: argparse.Namespace) -> int:
                     tokens={kind: number for kind, (_, number) in found.items()},
                 )
             )
-    if not is_main():
+    if launched_rank() > 0:
         return 0
     about = "Two definitions that are not comparable: on the same demonstrations, and on each policy's own samples."
     tree = entropies.to_json(points) | {"temperature": settings.rollout.temperature or 1.0}

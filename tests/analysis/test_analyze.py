@@ -1,6 +1,9 @@
 """`megatron-srft analyze` on real runs: its figures are those that the runs logged, or that transformers gives."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import write_inputs
+from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -116,6 +120,27 @@ def test_probability_change_is_the_difference_of_transformers_probabilities(fold
                 probabilities = model(ids).logits[0].softmax(-1)[len(prompt) - 1 : -1]
             taken = probabilities.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
             np.testing.assert_allclose(text[key], taken, atol=2e-5)
+
+
+CHANGE = ("probabilities", "model", "runs/psft/checkpoints/step-000003", "train.jsonl", "--texts", "after")
+
+
+def two_ranks(folder: str) -> str:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["analyze", *CHANGE, "--tensor", "2", "--output", "two.html"]) == 0
+    return printed.getvalue()
+
+
+def test_two_tensor_parallel_ranks_find_the_same_and_one_of_them_tells(folder, monkeypatch):
+    first, second = spawn(2, two_ranks, str(folder))
+    assert "two.html" in first and second == ""
+    one, two = run(folder, monkeypatch, *CHANGE), json.loads((folder / "two.json").read_text())
+    assert [t["token_ids"] for t in one["texts"]] == [t["token_ids"] for t in two["texts"]]
+    for a, b in zip(one["texts"], two["texts"], strict=True):
+        np.testing.assert_allclose(a["before"], b["before"], atol=1e-5)
+        np.testing.assert_allclose(a["after"], b["after"], atol=1e-5)
 
 
 @pytest.mark.parametrize("texts", ["before", "demonstrations"])

@@ -100,6 +100,15 @@ def test_json_holds_runs_and_summary(runs):
     assert tree["methods"]["sft"]["summary"]["late"]["accuracy"] is None
 
 
+def test_what_makes_a_spread_doubtful_is_said(runs, tmp_path):
+    assert compare_runs(runs).remarks() == []
+    short = write_run(tmp_path / "short", [rl_step(5.0, 1.0)], {})
+    same_seed, other_steps, unevaluated = compare_runs({"rl": [runs["rl"][0], short], "sft": runs["sft"]}).remarks()
+    assert same_seed.startswith("rl: several runs have the same seed (0, 0)")
+    assert other_steps.startswith("rl: its runs have 1 and 4 steps")
+    assert unevaluated == "a: not all runs of rl were evaluated on it"
+
+
 def test_the_mean_curve_runs_over_steps_that_all_seeds_have():
     mean, (low, high) = over_seeds([[(0, 1.0), (1, 2.0), (2, 9.0)], [(0, 3.0), (1, 2.0)], []])
     assert mean == [(0, 2.0), (1, 2.0)]

@@ -1,4 +1,4 @@
-"""Teacher forcing: log-probs and entropies are those of transformers' logits, also from checkpoints and under TP."""
+"""Teacher forcing: log-probs and entropies are those of transformers' logits, whatever was loaded before."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -125,21 +124,6 @@ def test_samples_come_from_the_source_and_greedy_ones_are_its_likeliest_tokens(f
     assert logits.argmax(-1).tolist() == sequences.response(text).tolist()
     expected = logits.log_softmax(-1).max(-1).values.detach().numpy()  # measured at temperature 1
     np.testing.assert_allclose(stats.logprobs, expected, atol=2e-5)
-
-
-def two_ranks(folder: str, path: str) -> list[tuple[list, list]]:
-    torch.set_num_threads(1)
-    with reading(make_settings(), ParallelConfig(tensor=2)) as reader:
-        stats = reader.teacher_forced(make_source(Path(folder), Path(path)), make_texts())
-        return [(s.logprobs.tolist(), s.entropy.tolist()) for s in stats]
-
-
-def test_two_tensor_parallel_ranks_give_the_same_on_both(folders, checkpoint):
-    first, second = spawn(2, two_ranks, str(folders["first"]), str(checkpoint))
-    assert first == second
-    for (logprobs, entropies), expected in zip(first, reference(folders["second"]), strict=True):
-        np.testing.assert_allclose(logprobs, expected[0], atol=2e-5)
-        np.testing.assert_allclose(entropies, expected[1], atol=2e-5)
 
 
 def test_a_damaged_checkpoint_and_another_tokenizer_are_refused(folders, checkpoint, tmp_path):
