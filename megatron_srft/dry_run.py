@@ -93,7 +93,7 @@ def print_ranks(config: RunConfig, model: Architecture, world_size: int) -> None
 
 
 def print_stage(stage: RunConfig, model: Architecture, world_size: int, tokenizer) -> None:
-    dataset = load_dataset(stage.data, stage.rollout, tokenizer)
+    dataset = load_dataset(stage.data, stage.rollout, tokenizer, with_preferences=stage.uses_preferences)
     print(f"  data: {dataset.report.summary()}")
     prompts = usable_prompts(dataset, stage)
     check_vocabulary(prompts, model.vocab_size)
@@ -112,9 +112,10 @@ def print_batch(stage: RunConfig, world_size: int, prompt_tokens: float) -> None
     size = layout.batch_arithmetic(stage, world_size // stage.parallel.model_ranks, prompt_tokens)
     least, most = size.tokens_per_update
     fewest, greatest = size.microbatches_per_update
+    pairs = f"{size.pairs} pairs of answers, " if size.pairs else ""
     print(
         f"  step: {size.prompts} prompts, {size.rollouts} completions, up to {size.demonstrations} demonstrations, "
-        f"{size.updates} update(s)\n"
+        f"{pairs}{size.updates} update(s)\n"
         f"  update: up to {size.sequences_per_update} sequences of at most {size.longest_sequence:,} tokens, "
         f"{least:,} to {most:,} tokens in all\n"
         f"  micro-batches of {stage.batch.tokens_per_microbatch:,} tokens: {fewest} to {greatest} per data rank"

@@ -88,6 +88,8 @@ class BatchArithmetic:
     rollouts: int
     demonstrations: int
     """At most: every prompt has one."""
+    pairs: int
+    """Of a chosen and a rejected answer, two sequences that stay in one micro-batch."""
     updates: int
     sequences_per_update: int
     longest_sequence: int
@@ -108,16 +110,19 @@ def batch_arithmetic(config: RunConfig, data_ranks: int, prompt_tokens: float) -
     batch = config.batch
     rollouts = batch.prompts_per_step * batch.rollouts_per_prompt if config.samples_rollouts else 0
     demonstrations = batch.prompts_per_step if config.uses_demonstrations else 0
-    sequences = (rollouts + demonstrations) // batch.updates_per_step
+    pairs = batch.prompts_per_step if config.uses_preferences else 0
+    sequences = (rollouts + demonstrations + 2 * pairs) // batch.updates_per_step
+    together = 2 if pairs else 1
     longest = config.data.max_prompt_tokens + longest_response(config)
-    share = -(-sequences // data_ranks)
+    share = -(-sequences // (together * data_ranks)) * together
     fewest = -(-round(share * (prompt_tokens + 1)) // batch.tokens_per_microbatch)
-    most = -(-share // max(1, batch.tokens_per_microbatch // longest))
+    most = -(-share // (together * max(1, batch.tokens_per_microbatch // (together * longest))))
     multiple = config.parallel.pipeline if config.parallel.virtual_pipeline else 1
     return BatchArithmetic(
         prompts=batch.prompts_per_step,
         rollouts=rollouts,
         demonstrations=demonstrations,
+        pairs=pairs,
         updates=batch.updates_per_step,
         sequences_per_update=sequences,
         longest_sequence=longest,

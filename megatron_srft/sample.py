@@ -1,6 +1,6 @@
 """What flows through one training step, in the order in which it is made.
 
-    Prompt, Demonstration   data/       one problem and, for some, an expert's answer
+    Prompt, Demonstration   data/       one problem and, for some, an expert's answer (or a Preference: two, ranked)
     Completion              rollout/    one sampled answer
     Score                   rewards/    what one answer earned, and how sure the verifier is
     Group                   rollout/    one prompt with its completions and its demonstration; scores added by rewards/
@@ -38,6 +38,17 @@ class Demonstration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Preference:
+    """Two answers to one prompt, of which the first is the better one.
+
+    Example: chosen.text="7+15=2#2", rejected.text="#5".
+    """
+
+    chosen: Demonstration
+    rejected: Demonstration
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prompt:
     """One problem.
 
@@ -64,6 +75,9 @@ class Prompt:
 
     demonstrations: tuple[Demonstration, ...] = ()
     """The row's demonstrations; a step uses one of them, chosen by (seed, step)."""
+
+    preference: Preference | None = None
+    """The row's pair of answers; only in a stage that learns from preferences, where no prompt has demonstrations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -158,6 +172,10 @@ class TrainingSequence:
 
     group: int
     """Index of the group within the step."""
+
+    preferred: bool | None = None
+    """Whether it is the chosen one of a pair, which comes before the rejected one; None outside pairs. Both are
+    demonstrations of the same group."""
 
     rollout_logprobs: np.ndarray | None = None
     """[response] float32; None for demonstrations."""

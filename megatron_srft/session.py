@@ -361,7 +361,7 @@ class Session:
 
     def _read_data(self, config: RunConfig) -> tuple[Dataset, tuple[Prompt, ...], list[tuple[str, Dataset]]]:
         """All prompts of a stage, those of them it can use, and its held-out problems."""
-        dataset = load_dataset(config.data, config.rollout, self.tokenizer)
+        dataset = load_dataset(config.data, config.rollout, self.tokenizer, with_preferences=config.uses_preferences)
         prompts, held_out = usable_prompts(dataset, config), load_held_out(config, self.tokenizer)
         for some in (prompts, *(problems.prompts for _, problems in held_out)):
             check_vocabulary(some, self.vocab_size)

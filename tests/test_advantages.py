@@ -206,6 +206,7 @@ def test_statistics():
             "count/groups": 3,
             "count/completions": 6,
             "count/demonstrations": 2,
+            "count/pairs": 0,
             "count/demonstrations_scored": 1,
         }
     )
@@ -242,7 +243,8 @@ def test_a_stream_of_right_answers_alone_has_no_mean_over_wrong_ones():
 def test_statistics_without_rollouts_leave_out_what_has_no_value():
     group = Group(prompt=prompt("a"), completions=(), demonstration=EXPERT)
     assert group_statistics([group]) == {
-        "count/groups": 1, "count/completions": 0, "count/demonstrations": 1, "count/demonstrations_scored": 0
+        "count/groups": 1, "count/completions": 0, "count/demonstrations": 1, "count/pairs": 0,
+        "count/demonstrations_scored": 0
     }  # fmt: skip
 
 

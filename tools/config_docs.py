@@ -22,7 +22,7 @@ SECTIONS = {
     "advantage": ["AdvantageConfig"],
     "objective": [
         "SftConfig", "SftKlConfig", "PsftConfig", "GrpoConfig", "PpoConfig", "LuffyConfig", "SrftConfig",
-        "RlSftConfig", "ChordConfig", "HptConfig", "ReliftConfig",
+        "RlSftConfig", "ChordConfig", "HptConfig", "ReliftConfig", "DpoConfig",
     ],
     "kl": ["KlConfig"],
     "critic": ["CriticConfig"],

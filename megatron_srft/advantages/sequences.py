@@ -9,13 +9,16 @@ import numpy as np
 from megatron_srft.advantages.formulas import centred_returns, group_advantages
 from megatron_srft.advantages.returns import divergence_returns, generalised_advantages, token_returns
 from megatron_srft.config import AdvantageConfig, KlConfig, RewardConfig, name_streams
-from megatron_srft.sample import Group, Score, TrainingSequence
+from megatron_srft.sample import Demonstration, Group, Score, TrainingSequence
 
 NO_PENALTY = KlConfig()
 
 
 def to_sequences(groups: list[Group]) -> list[TrainingSequence]:
-    """Everything the step trains on, group by group, completions before the demonstration; its advantages are 0."""
+    """Everything the step trains on, group by group, with advantages of 0.
+
+    Within a group completions stand before the demonstration; the chosen answer of a pair before the rejected one.
+    """
     return [s for index, group in enumerate(groups) for s in _group_sequences(group, index)]
 
 
@@ -36,17 +39,28 @@ def _group_sequences(group: Group, index: int) -> list[TrainingSequence]:
     ]
     if group.demonstration is not None:
         score = group.demonstration_score
-        sequences.append(
-            TrainingSequence(
-                token_ids=np.concatenate([prompt, group.demonstration.token_ids]),
-                prompt_length=len(prompt),
-                is_demonstration=True,
-                advantages=np.zeros(len(group.demonstration.token_ids), np.float32),
-                correct=score is not None and score.correct is True,
-                group=index,
-            )
-        )
+        sequences.append(_given(group, index, group.demonstration, correct=score is not None and score.correct is True))
+    if group.prompt.preference is not None:
+        pair = group.prompt.preference
+        sequences += [
+            _given(group, index, answer, preferred=answer is pair.chosen) for answer in (pair.chosen, pair.rejected)
+        ]
     return sequences
+
+
+def _given(
+    group: Group, index: int, answer: Demonstration, *, correct: bool = False, preferred: bool | None = None
+) -> TrainingSequence:
+    prompt = group.prompt.token_ids
+    return TrainingSequence(
+        token_ids=np.concatenate([prompt, answer.token_ids]),
+        prompt_length=len(prompt),
+        is_demonstration=True,
+        advantages=np.zeros(len(answer.token_ids), np.float32),
+        correct=correct,
+        group=index,
+        preferred=preferred,
+    )
 
 
 def with_advantages(
@@ -119,7 +133,8 @@ def _advantages(
     undiscounted = all(stream.gamma == 1 for stream in streams.values()) and not any(s.dense for s in scores)
     if undiscounted and not kl.in_reward:
         values, value = group_advantages([s.reward for s in scores], judged.reward if judged else None, config)
-        return [np.full(length, value) for length, value in zip(lengths, [*values, value or 0.0], strict=False)]
+        given = itertools.repeat(value or 0.0)  # one demonstration, or the two answers of a pair
+        return [np.full(n, value) for n, value in zip(lengths, itertools.chain(values, given), strict=False)]
     members = [*scores, judged] if config.include_demonstration and judged else scores
     returns = [token_returns(score, length, streams) for score, length in zip(members, lengths, strict=False)]
     if kl.in_reward:

@@ -46,6 +46,7 @@ def group_statistics(groups: list[Group]) -> dict[str, float]:
         "count/groups": float(len(groups)),
         "count/completions": float(len(completions)),
         "count/demonstrations": float(sum(group.demonstration is not None for group in groups)),
+        "count/pairs": float(sum(group.prompt.preference is not None for group in groups)),
         "count/demonstrations_scored": float(len(demonstration_scores)),
     }
 

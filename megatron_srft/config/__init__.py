@@ -17,6 +17,7 @@ from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import LuffyConfig, SrftConfig
 from megatron_srft.config.policy_gradient import GrpoConfig, PpoConfig
+from megatron_srft.config.preferences import DpoConfig
 from megatron_srft.config.rewards import (
     VERIFIERS,
     CosineRewardConfig,
@@ -74,6 +75,7 @@ __all__ = [
     "CriticOptimizerConfig",
     "DataConfig",
     "Denominator",
+    "DpoConfig",
     "EvaluationConfig",
     "ExactRewardConfig",
     "FIXED_OVER_STAGES",

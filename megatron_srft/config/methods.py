@@ -8,6 +8,7 @@ import pydantic
 from megatron_srft.config.combined import ChordConfig, HptConfig, ReliftConfig, RlSftConfig
 from megatron_srft.config.mixed import LuffyConfig, SrftConfig
 from megatron_srft.config.policy_gradient import GrpoConfig, PpoConfig
+from megatron_srft.config.preferences import DpoConfig
 from megatron_srft.config.supervised import PsftConfig, SftConfig, SftKlConfig
 
 Objectives = (
@@ -22,6 +23,7 @@ Objectives = (
     | ChordConfig
     | HptConfig
     | ReliftConfig
+    | DpoConfig
 )
 
 ObjectiveConfig = Annotated[Objectives, pydantic.Field(discriminator="kind")]
@@ -82,5 +84,6 @@ ADVANTAGES: dict[str, dict[str, Any]] = {
     "hpt-qwen": GROUP_MEAN,
     "hpt-llama": GROUP_MEAN,
     "relift": GROUP_MEAN,
+    "dpo": GROUP,
 }
 """Published advantage settings per objective or preset."""

@@ -133,7 +133,7 @@ class RunConfig:
     def _check_old_policy(self, objective: ObjectiveConfig) -> None:
         updates = self.batch.updates_per_step
         require(
-            updates == 1 or objective.kind not in ("psft", "sft_kl"),
+            updates == 1 or objective.kind not in ("psft", "sft_kl", "dpo"),
             f"batch.updates_per_step is {updates}, and objective {objective.kind} needs 1, since its old policy is not "
             f"that of the step; divide batch.prompts_per_step by {updates} for updates of the same size",
         )
@@ -163,13 +163,18 @@ class RunConfig:
         """Whether a critic's values are what returns are held against."""
         return self.objective.kind == "ppo"
 
+    @property
+    def uses_preferences(self) -> bool:
+        """Whether a step has pairs of a chosen and a rejected answer, and nothing else."""
+        return self.objective.kind == "dpo"
+
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""
         objective = self.objective
         preset = PRESETS.get(getattr(objective, "preset", objective.kind), {})
         filled = {k: v for k, v in preset.items() if getattr(objective, k) is None}
         demonstration_tokens = self.data.max_demonstration_tokens or self.rollout.max_response_tokens
-        if objective.constant_length is None:
+        if getattr(objective, "constant_length", 0) is None:
             filled["constant_length"] = (
                 self.rollout.max_response_tokens if self.samples_rollouts else demonstration_tokens
             )

@@ -129,6 +129,12 @@ class DataConfig:
     demonstration_key: str | None = None
     """Field with the demonstration(s). null: `demonstration`, then `demonstrations`, then `target` (LUFFY)."""
 
+    chosen_key: str = "chosen"
+    """Field with the better answer of a pair (text, or chat messages that end with the assistant's); objective dpo."""
+
+    rejected_key: str = "rejected"
+    """Field with the worse answer of a pair, in the same forms."""
+
     system_prompt: str | None = None
     """Put before every chat prompt that does not bring its own system message."""
 
@@ -149,10 +155,12 @@ class DataConfig:
     """What to do with a longer prompt; the count is reported."""
 
     max_demonstration_tokens: int | None = None
-    """Longest demonstration, in tokens, with its end-of-sequence token. null: rollout.max_response_tokens."""
+    """Longest demonstration, in tokens, with its end-of-sequence token. null: rollout.max_response_tokens. The answers
+    of a pair have the same limit."""
 
     overlong_demonstrations: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with a longer demonstration. A truncated one has no end token and never receives a reward."""
+    """What to do with a longer demonstration, or with a pair that has a longer answer. What is truncated has no end
+    token and never receives a reward."""
 
     require_demonstration: bool = False
     """Leave out prompts without a demonstration."""

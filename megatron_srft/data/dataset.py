@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_srft.config import DataConfig, SamplingConfig
-from megatron_srft.data import schema
+from megatron_srft.config import ConfigError, DataConfig, SamplingConfig
+from megatron_srft.data import preferences, schema
 from megatron_srft.data.encode import encode
-from megatron_srft.data.readers import read_rows
+from megatron_srft.data.readers import Row, read_rows
 from megatron_srft.data.report import DataReport, RowCounts
 from megatron_srft.data.schema import Record
 from megatron_srft.sample import Prompt
@@ -23,26 +23,45 @@ class Dataset:
     report: DataReport
 
 
-def load_dataset(config: DataConfig, rollout: SamplingConfig, tokenizer: Any) -> Dataset:
+def load_dataset(
+    config: DataConfig, rollout: SamplingConfig, tokenizer: Any, *, with_preferences: bool = False
+) -> Dataset:
     """Read data.train (and data.demonstrations), render and tokenise.
 
     Args:
         rollout: its max_response_tokens limits demonstrations where data.max_demonstration_tokens is null.
         tokenizer: a Hugging Face tokenizer.
+        with_preferences: keep rows with a chosen and a rejected answer, and nothing else of them; otherwise such
+            answers are not looked at.
 
     Raises:
+        ConfigError: there is not one pair of answers.
         ValueError: a file or row is wrong, with file and line; an id stands twice; no demonstration row matches; no
             prompt is left; the tokenizer lacks an end token or a template that is asked for.
     """
     report = DataReport()
+    limit = config.max_demonstration_tokens or rollout.max_response_tokens
+    report.preferences = with_preferences
+    if with_preferences:
+        return _load_preferences(config, limit, tokenizer, report)
     records = read_records(config.train, "data.train", config, report)
     if config.demonstrations:
         records = _join_demonstrations(records, config, report)
     _refuse_unused_keys(records, config)
-    limit = config.max_demonstration_tokens or rollout.max_response_tokens
     prompts = encode(records, config, limit, tokenizer, report)
     if not prompts:
         raise ValueError(f"data.train: no prompt is left: {report.summary()}")
+    return Dataset(prompts, report)
+
+
+def _load_preferences(config: DataConfig, limit: int, tokenizer: Any, report: DataReport) -> Dataset:
+    records = read_records(config.train, "data.train", config, report, with_preferences=True)
+    prompts = encode(records, replace(config, require_demonstration=False), limit, tokenizer, report)
+    if not prompts:
+        raise ConfigError(
+            f"data.train holds no pair of answers to learn a preference from: {report.summary()} The fields are named "
+            f"by data.chosen_key ({config.chosen_key}) and data.rejected_key ({config.rejected_key})"
+        )
     return Dataset(prompts, report)
 
 
@@ -71,13 +90,19 @@ def load_problems(files: Sequence[str], config: DataConfig, tokenizer: Any, max_
 
 
 def read_records(
-    files: Sequence[str], key: str, config: DataConfig, report: DataReport, max_rows: int = 0
+    files: Sequence[str],
+    key: str,
+    config: DataConfig,
+    report: DataReport,
+    max_rows: int = 0,
+    with_preferences: bool = False,
 ) -> list[Record]:
     """The checked rows of all files in order, as text.
 
     Args:
         key: what named the files, for messages.
         max_rows: use only the first this many rows of each file; 0 uses all.
+        with_preferences: keep only rows with a pair of answers, which are counted otherwise.
 
     Raises:
         ValueError: a file or row is wrong, with file and line, or an id stands twice.
@@ -87,9 +112,12 @@ def read_records(
     records: dict[str, Record] = {}
     for path, label in zip(files, _labels(files, key), strict=True):
         counts = report.files[label] = RowCounts()
-        rows = read_rows(Path(path), schema.columns(config), counts)
-        for row in islice(rows, max_rows or None):
-            record = schema.parse(row, config, label)
+        columns = schema.columns(config) | (preferences.columns(config) if with_preferences else set())
+        for row in islice(read_rows(Path(path), columns, counts), max_rows or None):
+            record = (_parse_pair if with_preferences else schema.parse)(row, config, label)
+            if isinstance(record, str):
+                counts.drop(record, row.where)
+                continue
             twin = records.setdefault(record.id, record)
             if twin is not record:
                 raise ValueError(
@@ -97,6 +125,14 @@ def read_records(
                     "ids must be unique over all files (rows without an id get one)"
                 )
     return list(records.values())
+
+
+def _parse_pair(row: Row, config: DataConfig, file: str) -> Record | str:
+    """The record of a row with its pair in place of demonstrations, or why the row is left out."""
+    found = preferences.parse_pair(row, config)
+    if isinstance(found, str):
+        return found
+    return replace(schema.parse(found.row, config, file), demonstrations=(), pair=(found.chosen, found.rejected))
 
 
 def _labels(files: Sequence[str], key: str) -> list[str]:

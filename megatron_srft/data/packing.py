@@ -16,6 +16,28 @@ Plan = list[list[tuple[int, ...]]]
 """[data rank][micro-batch] -> indices into the step's list of sequences."""
 
 
+def pair_units(sequences: Sequence[TrainingSequence]) -> list[tuple[int, ...]]:
+    """Indices of what has to stay together in one micro-batch: the two of a pair, every other sequence by itself."""
+    units: list[tuple[int, ...]] = []
+    for index, sequence in enumerate(sequences):
+        before = sequences[units[-1][0]] if units else None
+        if sequence.preferred is False and before is not None and before.preferred and before.group == sequence.group:
+            units[-1] = (*units[-1], index)
+        else:
+            units.append((index,))
+    return units
+
+
+def plan_sequences(
+    sequences: Sequence[TrainingSequence], tokens_per_microbatch: int, data_ranks: int, microbatches_multiple: int = 1
+) -> Plan:
+    """`plan_microbatches` for these sequences, pairs kept together: one longer than the budget is by itself."""
+    units = pair_units(sequences)
+    lengths = [sum(len(sequences[index].token_ids) for index in unit) for unit in units]
+    plan = plan_microbatches(lengths, tokens_per_microbatch, data_ranks, microbatches_multiple)
+    return [[tuple(index for unit in chosen for index in units[unit]) for chosen in share] for share in plan]
+
+
 def plan_microbatches(
     lengths: Sequence[int], tokens_per_microbatch: int, data_ranks: int, microbatches_multiple: int = 1
 ) -> Plan:

@@ -36,6 +36,8 @@ class Record:
     answer_parts: int
     """1, or the length of an answer given as a list."""
     demonstrations: tuple[str, ...]
+    pair: tuple[str, str] | None = None
+    """Chosen and rejected answer, where preferences are wanted."""
     file: str
     """Label of the file."""
     source: str
@@ -70,7 +72,7 @@ def parse(row: Row, config: DataConfig, file: str) -> Record:
     Raises:
         ValueError: a field is missing or has the wrong type; the message starts with file and line.
     """
-    answer, parts = parse_answer(_first(row.fields, answer_keys(config)), row.where)
+    answer, parts = parse_answer(first(row.fields, answer_keys(config)), row.where)
     source = row.fields.get("data_source")
     return Record(
         id=parse_id(row) or f"{file}:{row.number}",
@@ -99,7 +101,7 @@ def parse_id(row: Row) -> str | None:
 
 def _parse_prompt(row: Row, config: DataConfig) -> list[dict[str, str]]:
     keys = prompt_keys(config)
-    value = _first(row.fields, keys)
+    value = first(row.fields, keys)
     if value is None:
         fields = ", ".join(map(str, row.fields)) or "none"
         raise ValueError(
@@ -108,7 +110,7 @@ def _parse_prompt(row: Row, config: DataConfig) -> list[dict[str, str]]:
         )
     options = _option_lines(row)
     if isinstance(value, str):
-        text = _text("prompt", value, row.where) + options
+        text = valid_text("prompt", value, row.where) + options
         return [{"role": "user", "content": fill_template(config.prompt_template, text)}]
     messages = _parse_messages(value, row.where)
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + options}]
@@ -133,12 +135,12 @@ def fill_template(template: str | None, prompt: str) -> str:
 
 def _parse_messages(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: prompt must be a string or a non-empty list of messages, not {_short(value)}")
+        raise ValueError(f"{where}: prompt must be a string or a non-empty list of messages, not {short(value)}")
     messages = []
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: each message of the prompt needs a role and a content, not {_short(message)}")
-        content = _text(f"content of the {message['role']} message", message.get("content"), where)
+            raise ValueError(f"{where}: each message of the prompt needs a role and a content, not {short(message)}")
+        content = valid_text(f"content of the {message['role']} message", message.get("content"), where)
         messages.append({"role": message["role"], "content": content})
     if messages[-1]["role"] in ("assistant", "system"):
         raise ValueError(
@@ -154,8 +156,8 @@ def _option_lines(row: Row) -> str:
     if options is None:
         return ""
     if not isinstance(options, list) or not options:
-        raise ValueError(f"{row.where}: options must be a non-empty list of strings, not {_short(options)}")
-    lines = [_text("option", option, row.where) for option in options]
+        raise ValueError(f"{row.where}: options must be a non-empty list of strings, not {short(options)}")
+    lines = [valid_text("option", option, row.where) for option in options]
     if not all(OPTION_LABEL.match(line) for line in lines):
         lines = [f"{chr(ord('A') + index)}) {line}" for index, line in enumerate(lines)]
     return "\n" + "\n".join(lines)
@@ -178,7 +180,7 @@ def parse_answer(value: Any, where: str) -> tuple[str | None, int]:
 
 def _answer_text(value: Any, where: str) -> str | None:
     if isinstance(value, str):
-        return _text("answer", value, where) if value.strip() else None
+        return valid_text("answer", value, where) if value.strip() else None
     if value is None:
         return None
     if (
@@ -188,7 +190,7 @@ def _answer_text(value: Any, where: str) -> str | None:
         or abs(value) == math.inf
     ):
         raise ValueError(
-            f"{where}: answer must be a string, a finite number or a list of them, not {_short(value)}; "
+            f"{where}: answer must be a string, a finite number or a list of them, not {short(value)}; "
             "name the right field with data.answer_key"
         )
     if isinstance(value, int):
@@ -199,7 +201,7 @@ def _answer_text(value: Any, where: str) -> str | None:
 
 def parse_demonstrations(row: Row, config: DataConfig) -> tuple[str, ...]:
     """The row's demonstrations as text; null, "" and [] are none."""
-    value = _first(row.fields, demonstration_keys(config))
+    value = first(row.fields, demonstration_keys(config))
     items = value if isinstance(value, list) else [value]
     return tuple(text for item in items if (text := _demonstration_text(item, row.where)))
 
@@ -212,16 +214,17 @@ def _demonstration_text(item: Any, where: str) -> str | None:
         return None
     if not isinstance(item, str):
         raise ValueError(
-            f"{where}: a demonstration must be a string or a message of the assistant, not {_short(item)}; "
+            f"{where}: a demonstration must be a string or a message of the assistant, not {short(item)}; "
             "name the right field with data.demonstration_key"
         )
-    return _text("demonstration", item, where)
+    return valid_text("demonstration", item, where)
 
 
 # ---------------------------------------------------------------- helpers
 
 
-def _first(fields: dict[str, Any], keys: tuple[str, ...]) -> Any:
+def first(fields: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value under the first of the keys that has one."""
     return next((value for key in keys if (value := lookup(fields, key)) is not None), None)
 
 
@@ -234,9 +237,10 @@ def lookup(fields: dict[str, Any], key: str) -> Any:
     return lookup(inner, rest) if rest and isinstance(inner, dict) else None
 
 
-def _text(name: str, value: Any, where: str) -> str:
+def valid_text(name: str, value: Any, where: str) -> str:
+    """The value, if it is text that a tokenizer takes and not blank; ValueError otherwise."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: the {name} must be text, not {_short(value)}")
+        raise ValueError(f"{where}: the {name} must be text, not {short(value)}")
     if not value.strip():
         raise ValueError(f"{where}: the {name} is empty")
     try:
@@ -246,6 +250,7 @@ def _text(name: str, value: Any, where: str) -> str:
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """As it would be written in Python, for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -9,7 +9,7 @@ from megatron_srft.sample import Prompt
 
 def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
     """The prompts that a stage draws from: those with a demonstration if it learns from nothing else; otherwise all,
-    and these need an answer.
+    and these need an answer where it samples.
 
     Raises:
         ConfigError: they are too few for one step, lack an answer, or hold no demonstration for an objective that is
@@ -25,9 +25,9 @@ def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
             else "name their field with data.demonstration_key, or choose objective.kind grpo"
         )
         raise ConfigError(f"objective {kind} learns from demonstrations, and data.train holds none; {remedy}")
-    if not config.samples_rollouts:
+    if config.objective.learns_from_demonstrations and not config.samples_rollouts:
         prompts = demonstrated
-    else:
+    elif not config.uses_preferences:
         missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)
         require(missing is None, f"prompt {missing} has no answer, and objective {kind} needs one; see data.answer_key")
     wanted = config.batch.prompts_per_step
@@ -42,8 +42,10 @@ def usable_prompts(dataset: Dataset, config: RunConfig) -> tuple[Prompt, ...]:
 def check_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
     """Raise ConfigError when the tokenizer made a token for which the model has no embedding."""
     for prompt in prompts:
-        rows = [prompt.token_ids, *(demonstration.token_ids for demonstration in prompt.demonstrations)]
-        largest = max(int(row.max()) for row in rows)
+        answers = list(prompt.demonstrations)
+        if prompt.preference is not None:
+            answers += [prompt.preference.chosen, prompt.preference.rejected]
+        largest = max(int(row.max()) for row in [prompt.token_ids, *(answer.token_ids for answer in answers)])
         require(
             largest < vocab_size,
             f"prompt {prompt.id} has token {largest}, and the model's vocabulary ends at {vocab_size - 1} (vocab_size "

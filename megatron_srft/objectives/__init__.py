@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from megatron_srft.config import KlConfig, ObjectiveConfig
 from megatron_srft.objectives.chord import chord, scheduled
+from megatron_srft.objectives.dpo import dpo
 from megatron_srft.objectives.grpo import grpo
 from megatron_srft.objectives.hpt import hpt
 from megatron_srft.objectives.kl import add_penalty
@@ -43,6 +44,7 @@ FORMULAS: dict[str, Callable[[ObjectiveInputs, Counts, ObjectiveConfig], Objecti
     "chord": chord,
     "hpt": hpt,
     "relift": relift,
+    "dpo": dpo,
 }
 """The function of each kind of objective."""
 

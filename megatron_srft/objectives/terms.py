@@ -246,10 +246,14 @@ def entropy_at_level(inputs: ObjectiveInputs, level: Literal["token", "sequence"
 
 def sequence_sums(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
     """[rows] the sum of a row's sequence, added up in row order (index_add is not deterministic on CUDA)."""
+    return sums_by_sequence(values, inputs)[inputs.sequence]
+
+
+def sums_by_sequence(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
+    """[sequences] the sum of each sequence's rows."""
     edges = torch.arange(inputs.num_sequences + 1, device=values.device)
     offsets = torch.searchsorted(inputs.sequence, edges)
-    sums = torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
-    return sums[inputs.sequence]
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
 
 
 def with_importance_weights(

@@ -1,4 +1,4 @@
-"""The old policy of PSFT and SFT-KL: log-probs of all demonstrations that come until its next refresh.
+"""The old policy of PSFT, SFT-KL and DPO: log-probs of all demonstrations that come until its next refresh.
 
 Updates between two refreshes are a window. What each of them will see is a function of (seed, step), so one statistics
 pass over the rest of the window, made at the refresh, replaces a second copy of the weights. Log-probs are kept under a
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_srft.config import ConfigError, ObjectiveConfig, PsftConfig, RunConfig, SftKlConfig
+from megatron_srft.config import ConfigError, DpoConfig, ObjectiveConfig, PsftConfig, RunConfig, SftKlConfig
 from megatron_srft.sample import TrainingSequence
 from megatron_srft.trainer.step import SequenceStats
 
@@ -128,7 +128,7 @@ def _schedule(objective: ObjectiveConfig) -> tuple[int | None, int]:
     match objective:
         case PsftConfig():
             return objective.refresh_every, objective.warmup_steps
-        case SftKlConfig():
+        case SftKlConfig() | DpoConfig():
             return None, 0
     return 1, 0
 

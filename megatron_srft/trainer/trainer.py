@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_srft.config import RunConfig
-from megatron_srft.data.packing import pack, padded_length, plan_microbatches
+from megatron_srft.data.packing import pack, padded_length, plan_sequences
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
 from megatron_srft.objectives import scheduled
 from megatron_srft.objectives.value import value_figures
@@ -174,9 +174,8 @@ class Trainer:
         parallel = self.config.parallel
         lengths = [len(s.token_ids) for s in sequences]
         multiple = parallel.pipeline if parallel.virtual_pipeline else 1
-        plan = plan_microbatches(lengths, self.config.batch.tokens_per_microbatch, size(self.groups.data), multiple)[
-            rank(self.groups.data)
-        ]
+        budget = self.config.batch.tokens_per_microbatch
+        plan = plan_sequences(sequences, budget, size(self.groups.data), multiple)[rank(self.groups.data)]
         grain = parallel.tensor if parallel.sequence_parallel else 1
         padded = [padded_length(sum(lengths[i] for i in indices), grain) for indices in plan]
         if parallel.pipeline > 1:

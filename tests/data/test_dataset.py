@@ -178,7 +178,7 @@ def test_summary_tells_all_that_was_dropped_cut_or_missing(write, plain_tokenize
     )  # fmt: skip
     assert str(load_dataset(config, ROLLOUT, plain_tokenizer).report) == (
         "4 prompts from 5 rows in 1 file, with no chat template; longest prompt 31 tokens; "
-        "dropped 1: longer than data.max_prompt_tokens; 1 prompt without an answer; "
+        f"dropped 1: longer than data.max_prompt_tokens (first at {train}:4); 1 prompt without an answer; "
         "1 answer given as a list, joined by commas; 4 demonstrations, the longest 31 tokens; 1 prompt without one; "
         "2 demonstrations truncated; 3 demonstrations not beginning with data.generation_prefix; "
         "1 row of data.demonstrations whose id no prompt has."

@@ -1,10 +1,12 @@
 """Packing: every token once, budgets kept, rows pointing at the right labels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_srft.data.packing import pack, padded_length, plan_microbatches
+from megatron_srft.data.packing import pack, padded_length, plan_microbatches, plan_sequences
 from megatron_srft.sample import TrainingSequence, count
 
 
@@ -34,6 +36,26 @@ def test_plan_keeps_every_sequence_once_and_the_budget(data_ranks, multiple):
             assert sum(lengths[i] for i in indices) <= 100 or indices == (57,)
     loads = [sum(lengths[i] for indices in bins for i in indices) for bins in plan]
     assert max(loads) - min(loads) <= 250
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2])
+def test_a_pair_is_never_torn_apart(data_ranks):
+    random = np.random.default_rng(1)
+    sequences = [sequence([1, 2, 3], 1, group=30)]
+    for group in range(30):
+        prompt = random.integers(1, 4)
+        for preferred in (True, False):
+            tokens = list(range(prompt + random.integers(1, 60 if group == 7 else 12)))
+            answer = sequence(tokens, prompt, demonstration=True, group=group)
+            sequences.append(replace(answer, preferred=preferred))
+    plan = plan_sequences(sequences, 30, data_ranks)
+    assert sorted(i for share in plan for indices in share for i in indices) == list(range(61))
+    for indices in (indices for share in plan for indices in share):
+        members = [sequences[i] for i in indices]
+        pairs = [s for s in members if s.preferred is not None]
+        assert [s.preferred for s in pairs] == [True, False] * (len(pairs) // 2)
+        assert [s.group for s in pairs[::2]] == [s.group for s in pairs[1::2]]
+        assert sum(len(s.token_ids) for s in members) <= 30 or len(members) == 2
 
 
 def test_plan_of_nothing_is_one_empty_microbatch_per_rank():

@@ -17,7 +17,7 @@ from training_sequences import VOCAB, make_sequences
 from megatron_srft import config as configuration
 from megatron_srft import objectives
 from megatron_srft.data.packing import pack
-from megatron_srft.sample import TokenStats, count
+from megatron_srft.sample import TokenStats, TrainingSequence, count
 
 TEMPERATURE = 0.9
 SEQUENCES = make_sequences([(False, False, False, True), (False, False, False)], seed=3)
@@ -31,7 +31,23 @@ OBJECTIVES = {
     "srft-released": {"kind": "srft", "preset": "srft-released", "constant_length": 7},
     "chord-phi": {"kind": "chord", "preset": "chord-phi"},
     "relift": {"kind": "relift", "constant_length": 7},  # rl_sft and hpt have the same terms
+    "dpo": {"kind": "dpo", "beta": 0.7, "label_smoothing": 0.1, "sft_coefficient": 0.3},
+    "dpo-ipo": {"kind": "dpo", "loss": "ipo"},
 }
+
+
+def make_pairs() -> list[TrainingSequence]:
+    """Three pairs, of which the first one's answers are longer than some budgets below."""
+    answers = make_sequences([(True, True)] * 3, seed=5)
+    return [dataclasses.replace(s, preferred=index % 2 == 0) for index, s in enumerate(answers)]
+
+
+PAIRS = make_pairs()
+
+
+def sequences_of(name: str) -> list[TrainingSequence]:
+    """What an objective learns from."""
+    return PAIRS if name.startswith("dpo") else SEQUENCES
 
 
 def run_config(folder: Path, layout: dict, tokens_per_microbatch: int = 1000) -> configuration.RunConfig:
@@ -55,22 +71,29 @@ def reference(folder: Path, name: str) -> tuple[dict[str, float], dict[str, np.n
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    logprobs, entropy = [], []
-    for sequence in SEQUENCES:
+    logprobs, entropy, sequences = [], [], sequences_of(name)
+    for sequence in sequences:
         tokens = torch.tensor(sequence.token_ids, dtype=torch.int64)
         logits = model(tokens[None]).logits[0, sequence.prompt_length - 1 : -1] / TEMPERATURE
         distribution = torch.log_softmax(logits, -1)
         logprobs.append(distribution.gather(1, tokens[sequence.prompt_length :, None])[:, 0])
         entropy.append(-(distribution.exp() * distribution).sum(-1))
-    batch = pack(SEQUENCES, tuple(range(len(SEQUENCES))), sum(len(s.token_ids) for s in SEQUENCES))
+    batch = pack(sequences, tuple(range(len(sequences))), sum(len(s.token_ids) for s in sequences))
     inputs = objectives.gather_inputs(batch, TokenStats(logprobs=torch.cat(logprobs), entropy=torch.cat(entropy)))
-    output = objectives.compute(inputs, count(SEQUENCES), resolved_objective(name))
+    output = objectives.compute(inputs, count(sequences), resolved_objective(name))
     output.loss.backward()
     # The trainer reports a maximum `max/<name>` as `<name>/max`.
     names = {k: f"{k.removeprefix('max/')}/max" if k.startswith("max/") else k for k in output.metrics}
     return {names[k]: v.item() for k, v in output.metrics.items()}, {
         n: p.grad.numpy() for n, p in model.named_parameters()
     }
+
+
+def in_order(sequences: list[TrainingSequence], order: list[int]) -> list[TrainingSequence]:
+    """In another order; pairs stay whole."""
+    if sequences is PAIRS:
+        return [sequences[2 * i + side] for i in order if i < len(PAIRS) // 2 for side in (0, 1)]
+    return [sequences[i] for i in order]
 
 
 def measure(folder: str, layout: dict, tokens_per_microbatch: int, order: list[int], names: list[str]) -> dict:
@@ -85,12 +108,12 @@ def measure(folder: str, layout: dict, tokens_per_microbatch: int, order: list[i
 
     config = run_config(Path(folder), layout, tokens_per_microbatch)
     groups = parallel.start(config.parallel, seed=1)
-    sequences = [SEQUENCES[i] for i in order]
     results = {}
     trainer = Trainer(config, groups)
     for name in names:
         for chunk in trainer.policy.chunks:
             chunk.zero_grad_buffer()
+        sequences = in_order(sequences_of(name), order)
         batches = trainer.microbatches(sequences)
         settings = dataclasses.replace(config, objective=resolved_objective(name))
         metrics = train_pass(trainer.policy, batches, count(sequences), settings)
