@@ -5,6 +5,7 @@ import json
 import random
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ CONFIGS = sorted(EXAMPLE.glob("*.yaml"))
 def make_data(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLE))
     return importlib.import_module("make_data")
+
+
+@pytest.fixture
+def make_preferences(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    return importlib.import_module("make_preferences")
 
 
 @pytest.fixture
@@ -84,6 +91,26 @@ def test_data_is_a_function_of_the_seed(make_data, tmp_path):
     assert first["train"] != other["train"]
 
 
+def test_pairs_hold_a_right_and_a_wrong_solution_of_problems_without_a_demonstration(
+    make_data, make_preferences, tmp_path
+):
+    train = write(make_data, tmp_path)["train"]
+    make_preferences.make(tmp_path, seed=0)
+    pairs = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in train if "demonstration" not in row]
+    assert sum(pair["rejected"].startswith("#") for pair in pairs) == len(pairs) // 2
+    for pair in pairs:
+        assert pair["chosen"] == make_data.worked_solution(pair["prompt"])
+        work, _, answer = pair["rejected"].partition("#")
+        assert answer != pair["chosen"].partition("#")[2] == pair["answer"]
+        steps = [step.split("=") for step in work.split(";")] if work else []
+        wrong = [number for number, (left, right) in enumerate(steps) if str(total(left)) != right]
+        assert len(wrong) == (1 if steps else 0)
+        # Each step goes on from the one before it, the wrong one too.
+        for (_, value), (left, _) in zip(steps, steps[1:], strict=False):
+            assert left.startswith(value)
+
+
 def test_documents(pretrain):
     """Responses are targets, prompts are not; hasty documents guess, worked ones are taken as begun."""
     tokenizer = pretrain.make_tokenizer()
@@ -135,19 +162,20 @@ def test_base_model_is_a_hugging_face_folder(pretrain, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_fit_the_data(make_data, pretrain, path, tmp_path):
+def test_configs_fit_the_data(make_data, make_preferences, pretrain, path, tmp_path):
     """Every row of the example's files is kept, nothing is truncated, and the verifier accepts every demonstration."""
     make_data.make(tmp_path, seed=0, train=2000, heldout=200, ood=200, demonstration_share=0.5)
-    overrides = [
-        f"data.train=[{tmp_path}/train.jsonl]",
-        f"evaluation.files=[{tmp_path}/heldout.jsonl,{tmp_path}/ood.jsonl]",
-    ]
+    make_preferences.make(tmp_path, seed=0)
+    overrides = [f"evaluation.files=[{tmp_path}/heldout.jsonl,{tmp_path}/ood.jsonl]"]
     tokenizer = pretrain.make_tokenizer()
     for _, config in configuration.load(path, overrides).stage_configs():
-        prompts = load_dataset(config.data, config.rollout, tokenizer).prompts
-        demonstrations = [(d, p.answer) for p in prompts for d in p.demonstrations]
+        data = replace(config.data, train=tuple(str(tmp_path / Path(file).name) for file in config.data.train))
+        pairs = config.uses_preferences
+        prompts = load_dataset(data, config.rollout, tokenizer, with_preferences=pairs).prompts
+        shown = [[p.preference.chosen] if pairs else p.demonstrations for p in prompts]
+        demonstrations = [(d, p.answer) for p, some in zip(prompts, shown, strict=True) for d in some]
         assert len(demonstrations) == 1000 and not any(d.truncated for d, _ in demonstrations)
-        assert len(prompts) == (1000 if config.data.require_demonstration else 2000)
+        assert len(prompts) == (1000 if config.data.require_demonstration or pairs else 2000)
         problems = load_problems(config.evaluation.files, config.data, tokenizer).prompts
         assert len(problems) == 400
         with Scorer(config.rewards) as scorer:
