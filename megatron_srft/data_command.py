@@ -46,6 +46,7 @@ def _output(parser: argparse.ArgumentParser, *, resumable: bool) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="where the rows go")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    parser.set_defaults(resume=False)
     if resumable:
         modes.add_argument("--resume", action="store_true", help="go on with the output if it is there")
 
@@ -118,8 +119,65 @@ def _act(options: argparse.Namespace) -> int:
     return act.main(options)
 
 
+def _add_filter(parser: argparse.ArgumentParser) -> None:
+    """Keep rows whose reference answer can be read, is short enough, and is matched by responses."""
+    _problems(parser)
+    _output(parser, resumable=True)
+    parser.add_argument("--dropped", type=Path, metavar="FILE.jsonl", help="write the rows left out, with the reason")
+    parser.add_argument("--max-answer-characters", type=number(int, 1), help="longest reference answer")
+    parser.add_argument("--min-matched", type=number(int, 1), help="responses that must match (default with some: 1)")
+    parser.add_argument("--responses", metavar="FILE", help="rows of an id and a list of responses to match")
+    _source(parser, required=False, samples=2, tokens=8192)
+
+
+def _filter(options: argparse.Namespace) -> int:
+    from megatron_srft.curation import filter
+
+    return filter.main(options)
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    """Leave out rows that nearly repeat an earlier row, or a row of a benchmark."""
+    parser.add_argument("files", nargs="+", help="JSONL or parquet")
+    _output(parser, resumable=False)
+    parser.add_argument("--pairs", type=Path, metavar="FILE.jsonl", help="list which row repeats which")
+    parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="also leave out what repeats these")
+    parser.add_argument("--field", help="compare this field (default: the prompt)")
+    parser.add_argument("--config", type=Path, help="take the section data from this file, for the prompt's field")
+    parser.add_argument(
+        "--threshold", type=number(float, 0, 1, above=True), default=0.5, help="Jaccard similarity (default: 0.5)"
+    )
+    parser.add_argument("--shingle", type=number(int, 1), default=3, help="words of an n-gram (default: 3)")
+    parser.add_argument("--permutations", type=number(int, 1, 4096), default=128, help="of MinHash (default: 128)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the permutations (default: 0)")
+
+
+def _duplicates(options: argparse.Namespace) -> int:
+    from megatron_srft.curation import duplicates
+
+    return duplicates.main(options)
+
+
+def _add_statistics(parser: argparse.ArgumentParser) -> None:
+    """Lengths, reflection keywords, code fences and repetition of demonstrations, rollout dumps or samples.jsonl."""
+    parser.add_argument("files", nargs="+", help="demonstration files, rollouts/*.jsonl.zst or samples.jsonl of a run")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="count its tokens (default: words)")
+    parser.add_argument("--config", type=Path, help="take the section data from this file, for the fields' names")
+    parser.add_argument("--ngram", type=number(int, 1), default=40, help="length of repeated runs (default: 40)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def _statistics(options: argparse.Namespace) -> int:
+    from megatron_srft.curation import statistics
+
+    return statistics.main(options)
+
+
 TOOLS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "distil": (_add_distil, _distil),
     "act": (_add_act, _act),
+    "filter": (_add_filter, _filter),
+    "duplicates": (_add_duplicates, _duplicates),
+    "statistics": (_add_statistics, _statistics),
 }
 """Each tool's options and what runs it."""

@@ -140,13 +140,13 @@ def main(options: argparse.Namespace) -> int:
     selection, machine = settings.selection(options), load_machine(options.actions)
     check_output(options.output, mode)
     problems = read_problems(options.files, config.data, options.max_problems or 0)
-    recorded = settings.recorded(options, config) | {"max_steps": options.max_steps}
+    recorded = settings.recorded(options, config) | {"actions": configuration.to_dict(machine)}
     # The machine has its own system message, and a prefix such as <think> would open every piece.
     data = replace(config.data, system_prompt=None, generation_prefix="")
     with (
         settings.open_source(options, data) as source,
         settings.open_scorer(config.rewards) as scorer,
-        Output(options.output, recorded | {"actions": configuration.to_dict(machine)}, mode) as output,
+        Output(options.output, recorded, mode) as output,
     ):
         actor = Actor(
             machine, source, settings.sampling(options),

@@ -52,7 +52,7 @@ def harvest(
     for start in range(0, len(waiting), portion):
         some = waiting[start : start + portion]
         answers = produce(some)
-        spoken = _refuse_silence(answers, spoken, source, output)
+        spoken = refuse_silence(answers, spoken, source, len(output.done))
         for problem, samples, scores in zip(some, answers, verify(some, answers, scorer), strict=True):
             kept, counts = select(samples, scores, selection)
             row = problem.row([sample.text for sample in kept]) | {"made": _made(source, kept, counts)}
@@ -94,15 +94,20 @@ def _completion(sample: Sample) -> Completion:
     )
 
 
-def _refuse_silence(answers: Sequence[Sequence[Sample]], spoken: bool, source: Source, output: Output) -> bool:
-    """Raise CurationError when the source is down, or has not answered once; True when it has."""
+def refuse_silence(answers: Sequence[Sequence[Sample]], spoken: bool, source: Source, done: int) -> bool:
+    """Raise CurationError when the source is down, or has not answered once; True when it has.
+
+    Args:
+        spoken: it has answered before.
+        done: problems or rows that are written.
+    """
     samples = [sample for some in answers for sample in some]
     silent = [sample for sample in samples if sample.failure in ("endpoint", "not_asked")]
     spoken = spoken or len(silent) < len(samples)
-    if spoken and not any(sample.failure == "not_asked" for sample in silent):
-        return True
+    if not silent or (spoken and not any(sample.failure == "not_asked" for sample in silent)):
+        return spoken
     reason = next((sample.reason for sample in silent if sample.failure == "endpoint"), silent[0].reason)
-    kept = f"; {len(output.done)} prompts are done, --resume goes on behind them" if output.done else ""
+    kept = f"; what is done ({done}) is written, and --resume goes on behind it" if done else ""
     raise CurationError(f"{source.name} does not answer: {reason}{kept}")
 
 

@@ -7,10 +7,12 @@ behind it. A row is written before its line in the journal, so what FILE holds b
 import json
 import os
 from collections import Counter
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_srft.metrics import append_line, read_lines
+from megatron_srft.metrics import read_lines
 
 
 def journal_of(path: Path) -> Path:
@@ -26,8 +28,19 @@ def check_output(path: Path, mode: str) -> None:
         raise ValueError(f"{path} is already there{journal}; give --overwrite, or --resume where the tool has it")
 
 
+def as_json(fields: dict[str, Any], where: str) -> str:
+    """One line of JSON. Raises ValueError for a value that JSON has no form for."""
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Decimal | date):  # parquet has them
+            return str(value)
+        raise ValueError(f"{where}: a value of type {type(value).__name__} cannot be written as JSON; leave it out")
+
+    return json.dumps(fields, ensure_ascii=False, default=plain) + "\n"
+
+
 class Output:
-    """Use as a context manager. `done` holds the ids of finished problems, `counts` the sums over them.
+    """Use as a context manager. `done` holds the counts of every finished problem by its id, `counts` their sum.
 
     Args:
         settings: what the rows depend on; going on with others is refused.
@@ -40,7 +53,7 @@ class Output:
     def __init__(self, path: Path, settings: dict[str, Any], mode: str):
         check_output(path, mode)
         self.path, self.journal = path, journal_of(path)
-        self.done: set[str] = set()
+        self.done: dict[str, Counter[str]] = {}
         self.counts: Counter[str] = Counter()
         self.settings = json.loads(json.dumps(settings))
         there = path.exists() or self.journal.exists()
@@ -53,7 +66,7 @@ class Output:
             _drop_half_line(self.journal)
         self.lines = self.journal.open("a" if self.done else "w", encoding="utf-8")
         if not self.done:
-            append_line(self.lines, {"settings": self.settings})
+            self._journal({"settings": self.settings})
 
     def __enter__(self) -> "Output":
         return self
@@ -67,14 +80,21 @@ class Output:
             self.journal.unlink()
 
     def add(self, problem_id: str, row: dict[str, Any] | None, counts: Counter[str]) -> None:
-        """Write down a finished problem; `row` is None when nothing was kept."""
+        """Write down a finished problem; `row` is None when nothing was kept.
+
+        Raises ValueError for a row with a value that JSON has no form for.
+        """
         if row is not None:
-            self.rows.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            self.rows.write(as_json(row, problem_id).encode("utf-8", "surrogatepass"))
             self.rows.flush()
-            os.fsync(self.rows.fileno())
-        append_line(self.lines, {"id": problem_id, "counts": dict(counts), "bytes": self.rows.tell()})
-        self.done.add(problem_id)
+        self._journal({"id": problem_id, "counts": dict(counts), "bytes": self.rows.tell()})
+        self.done[problem_id] = counts
         self.counts += counts
+
+    def _journal(self, line: dict[str, Any]) -> None:
+        # Flushed survives a kill. It is not synced to the disk, which for a row each would take longer than the rest.
+        self.lines.write(json.dumps(line) + "\n")
+        self.lines.flush()
 
     def _restore(self) -> int:
         """Take over the journal; the size of the file behind its last line."""
@@ -87,7 +107,7 @@ class Output:
             was = ", ".join(f"{name} was {before.get(name)!r}, is {self.settings.get(name)!r}" for name in other)
             raise ValueError(f"{self.path} was begun with other settings ({was}); give the same, or --overwrite")
         for line in lines:
-            self.done.add(line["id"])
+            self.done[line["id"]] = Counter(line["counts"])
             self.counts.update(line["counts"])
         size = lines[-1]["bytes"] if lines else 0
         if size > (self.path.stat().st_size if self.path.exists() else 0):

@@ -96,16 +96,18 @@ def mode(options: argparse.Namespace) -> str:
     return "overwrite" if options.overwrite else "resume" if options.resume else "new"
 
 
-RECORDED = (
-    "tool", "files", "model", "samples", "temperature", "top_p", "max_tokens", "seed",
-    "keep", "keep_count", "min_tokens", "max_kept_tokens",
-)  # fmt: skip
+NOT_OF_AN_OUTPUT = {
+    "output", "overwrite", "resume", "debug", "dropped", "max_problems", "config", "reward", "answer_after",
+    "actions", "url", "api_key_variable", "concurrency", "timeout", "retries",
+}  # fmt: skip
+"""Options that change no row, or stand in the record in another form."""
+
 NOT_OF_A_ROW = ("train", "demonstrations", "shuffle")
 """Keys of data that the data tools do not use."""
 
 
 def recorded(options: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Everything on which an output's rows depend, to compare on --resume."""
-    values = {name: getattr(options, name) for name in RECORDED}
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in NOT_OF_AN_OUTPUT}
     data, rewards = configuration.to_dict(config.data), configuration.to_dict(verifiers(config.rewards))
     return values | {f"data.{k}": v for k, v in data.items() if k not in NOT_OF_A_ROW} | {"rewards": rewards}
