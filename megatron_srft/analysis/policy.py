@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_srft.config import LocalRolloutConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig, SftConfig
+from megatron_srft.config import (
+    AdvantageConfig,
+    BatchConfig,
+    LocalRolloutConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SamplingConfig,
+    SftConfig,
+)
 from megatron_srft.distributed import ProcessGroups
 from megatron_srft.rollout import RolloutEngine, build_engine, collect, load_tokenizer
 from megatron_srft.sample import Group, Prompt, TrainingSequence
@@ -53,14 +62,13 @@ class PolicyReader:
     """Holds the weights of one source at a time. Every method is collective, and gives every rank the same.
 
     Args:
-        settings: `batch.tokens_per_microbatch`, `ops`, `rollout` and `seed` are used. Log-probs are of
-            softmax(logits / temperature); at rollout.temperature 0, which samples greedily, they are taken at 1.
+        settings: made by `measuring`. Log-probs are of softmax(logits / temperature); at rollout.temperature 0, which
+            samples greedily, they are taken at 1.
     """
 
     def __init__(self, settings: RunConfig, groups: ProcessGroups):
         self.groups, self.settings = groups, settings
-        sampling = settings.rollout
-        self.sampling = sampling if sampling.kind == "local" else LocalRolloutConfig()
+        self.sampling: SamplingConfig = settings.rollout
         self.trainer: Trainer | None = None
         self.engine: RolloutEngine | None = None
         self.shape: tuple[Architecture, str] | None = None
@@ -81,20 +89,10 @@ class PolicyReader:
         """n completions of every prompt by the local engine with the weights of `source`."""
         trainer = self._load(source)
         if self.engine is None:
-            config = replace(self._config(source), rollout=self.sampling)
-            self.engine = build_engine(config, load_tokenizer(source.model), parallel.device())
+            self.engine = build_engine(self._config(source), load_tokenizer(source.model), parallel.device())
         self.engine.update_weights(trainer.hf_weights(), 0)
-        sampling: SamplingConfig = self.sampling
-        return collect(
-            self.engine,
-            list(prompts),
-            [None] * len(prompts),
-            n,
-            sampling,
-            self.settings.seed,
-            STREAM,
-            self.groups.world,
-        )
+        nothing, seed, world = [None] * len(prompts), self.settings.seed, self.groups.world
+        return collect(self.engine, list(prompts), nothing, n, self.sampling, seed, STREAM, world)
 
     def _load(self, source: PolicySource) -> Trainer:
         if self.loaded == source.path and self.trainer is not None:
@@ -117,10 +115,20 @@ class PolicyReader:
         return self.trainer
 
     def _config(self, source: PolicySource) -> RunConfig:
-        """A run of that model which only measures: no method of the source's own run matters."""
         rollout = replace(self.sampling, temperature=self.sampling.temperature or 1.0)
-        kept = {name: getattr(self.settings, name) for name in ("parallel", "ops", "data", "batch", "seed", "megatron")}
-        return RunConfig(model=source.model, rollout=rollout, objective=SftConfig(), **kept)
+        return replace(self.settings, model=source.model, rollout=rollout)
+
+
+def measuring(config: RunConfig, rollout: LocalRolloutConfig) -> RunConfig:
+    """What of a run's settings is about reading a policy; nothing of its method, which would ask for a whole run."""
+    kept = {name: getattr(config, name) for name in ("model", "data", "ops", "seed", "megatron", "rewards")}
+    return RunConfig(
+        **kept,
+        rollout=rollout,
+        batch=BatchConfig(tokens_per_microbatch=config.batch.tokens_per_microbatch),
+        advantage=AdvantageConfig() if config.uses_critic else config.advantage,
+        objective=SftConfig(),
+    )
 
 
 @contextmanager

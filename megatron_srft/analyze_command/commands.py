@@ -11,10 +11,10 @@ from megatron_srft.analysis import entropies, output, probabilities, probability
 from megatron_srft.analysis.compare import compare_runs, group_runs
 from megatron_srft.analysis.comparison_page import write_comparison
 from megatron_srft.analysis.page import facts, table
-from megatron_srft.analysis.policy import PolicyReader, PolicySource, common_tokenizer, reading
+from megatron_srft.analysis.policy import PolicyReader, PolicySource, common_tokenizer, measuring, reading
 from megatron_srft.analyze_command.references import read_references
 from megatron_srft.analyze_command.sources import find_settings, find_source, find_sources
-from megatron_srft.config import ConfigError, KlConfig, LocalRolloutConfig, ParallelConfig, RunConfig, SftConfig
+from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig
 from megatron_srft.distributed import is_main
 from megatron_srft.errors import launched_rank
 from megatron_srft.sample import TrainingSequence
@@ -167,14 +167,12 @@ def _settings(options: argparse.Namespace, source: PolicySource) -> RunConfig:
         least = 1 if name == "samples" else 0
         if getattr(options, name, least) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(options, name)}")
-    if options.what == "clipped" and settings.kl.in_reward and _are_dumps(options.files):
+    if options.what == "clipped" and (settings.kl.in_reward or settings.uses_critic) and _are_dumps(options.files):
         raise ConfigError(
-            "kl.place is reward, so the run's advantages hold a divergence that its rollout dumps do not; a --config "
-            "with kl.coefficient 0 takes those of the scores alone"
+            "the run's advantages hold a critic's values or a divergence (kl.place reward), which its rollout dumps do "
+            "not; a --config without them takes those of the scores alone"
         )
-    # No method matters here, and some refuse the greedy sampling that --temperature 0 asks for.
-    no_method = {"objective": SftConfig(), "kl": KlConfig()}
-    return replace(settings, rollout=rollout, seed=getattr(options, "seed", settings.seed), **no_method)
+    return replace(measuring(settings, rollout), seed=getattr(options, "seed", settings.seed))
 
 
 def _texts(

@@ -165,6 +165,8 @@ def others(folder) -> Path:
     tokenizer.add_tokens(["wait"])
     tokenizer.save_pretrained(folder / "words")
     (folder / "empty.jsonl").write_text("")
+    ppo = (folder / "config.yaml").read_text().replace("kind: grpo", "kind: ppo")
+    (folder / "ppo.yaml").write_text(ppo)
     (folder / "bare.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     return folder
 
@@ -180,6 +182,8 @@ def others(folder) -> Path:
     ("clipped model runs/psft/hf/final bare.jsonl", "bare.jsonl: no prompt has a demonstration"),
     ("clipped model runs/psft/hf/final train.jsonl runs/grpo/rollouts/step-000000.jsonl.zst",
      "train.jsonl is a data file beside rollout dumps"),
+    ("clipped model runs/psft/hf/final runs/grpo/rollouts/step-000000.jsonl.zst --config ppo.yaml",
+     "the run's advantages hold a critic's values or a divergence"),
     ("clipped model runs/psft/hf/final train.jsonl --tensor 2", "parallel.tensor x parallel.pipeline = 2 x 1"),
     ("trajectory runs/psft --reference model", "--reference 'model' must look like NAME=PATH"),
     ("trajectory runs/psft --reference base=model", "the reference model is a model and needs prompts to answer"),

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from megatron_srft import config as configuration
 from megatron_srft import convert
 from megatron_srft.analysis import sequences
-from megatron_srft.analysis.policy import PolicySource, common_tokenizer, reading
-from megatron_srft.config import ModelConfig, ParallelConfig
+from megatron_srft.analysis.policy import PolicySource, common_tokenizer, measuring, reading
+from megatron_srft.config import LocalRolloutConfig, ModelConfig, ParallelConfig
 from megatron_srft.sample import Prompt
 from megatron_srft.trainer.manifest import CheckpointError
 
@@ -124,6 +124,19 @@ def test_samples_come_from_the_source_and_greedy_ones_are_its_likeliest_tokens(f
     assert logits.argmax(-1).tolist() == sequences.response(text).tolist()
     expected = logits.log_softmax(-1).max(-1).values.detach().numpy()  # measured at temperature 1
     np.testing.assert_allclose(stats.logprobs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"objective": {"kind": "ppo"}, "kl": {"coefficient": 0.1, "place": "reward", "estimator": "k1"}},
+    {"objective": {"kind": "grpo"}, "batch": {"dynamic_sampling": True}, "kl": {"coefficient": 0.1}},
+    {"objective": {"kind": "psft", "warmup_steps": 3}, "steps": 5},
+    {"objective": {"kind": "luffy"}, "rewards": [{"kind": "exact"}, {"kind": "cosine"}]},
+])  # fmt: skip
+def test_settings_of_every_method_can_be_measured_with_greedily(settings):
+    """Nothing of a method is left that would have something against measuring, or against temperature 0."""
+    config = configuration.from_dict(settings).resolved()
+    found = measuring(config, LocalRolloutConfig(temperature=0.0))
+    assert found.rewards == config.rewards and not found.samples_rollouts
 
 
 def test_a_damaged_checkpoint_and_another_tokenizer_are_refused(folders, checkpoint, tmp_path):
