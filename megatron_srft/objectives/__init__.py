@@ -63,5 +63,5 @@ def compute(
         kl: a penalty to be added where it says so.
     """
     output = FORMULAS[config.kind](inputs, counts, config)
-    penalised = kl.in_loss and counts.rollout_tokens  # an update of demonstrations alone has no reference log-probs
+    penalised = kl.coefficient and counts.rollout_tokens  # an update of demonstrations alone has no reference log-probs
     return add_penalty(output, inputs, counts, config, kl) if penalised else output

@@ -143,7 +143,12 @@ def test_every_token_pays_and_the_payments_have_a_discount(estimator, gamma):
 def test_a_penalty_in_the_reward_is_none_in_the_loss():
     sequences = random_sequences(3, 0)
     kl = KlConfig(coefficient=0.5, estimator="k1", place="reward")
-    assert penalty_of(measured(sequences), counts_of(sequences), resolved(GrpoConfig()), kl).item() == 0.0
+    inputs, counts = measured(sequences), counts_of(sequences)
+    assert penalty_of(inputs, counts, resolved(GrpoConfig()), kl).item() == 0.0
+    metrics = objectives.compute(inputs, counts, resolved(GrpoConfig()), kl).metrics
+    mean = (inputs.logprobs - inputs.reference_logprobs).mean().item()
+    assert metrics["kl/reference_k1"].item() == pytest.approx(mean)
+    assert "loss/kl" not in metrics
 
 
 def test_within_a_group_the_same_divergence_for_all_cancels():
