@@ -228,11 +228,14 @@ class Session:
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         if _due(self.step, self.config.evaluation.every) and self.step < self.total_steps:
             self._evaluate()
-        self._guard(metrics)
-        if _due(self.step, self.config.checkpoint.every) and self.step < self.total_steps:
-            self._save()
-        if _due(self.step, self.config.checkpoint.export_every) and self.step < self.total_steps:
+        # Before anything is saved: a run that is killed here goes on before this step, and exports then.
+        checkpoint, ended = self.config.checkpoint, self.stage_step == self.stage.config.steps
+        due = _due(self.step, checkpoint.export_every) or (ended and checkpoint.export_stages)
+        if due and self.step < self.total_steps:
             self._export(f"step-{self.step:06d}")
+        self._guard(metrics)
+        if _due(self.step, checkpoint.every) and self.step < self.total_steps:
+            self._save()
 
     def interrupted(self) -> bool:
         """Whether any rank was asked to stop (SIGTERM, SIGUSR1, Ctrl-C); if so the state is saved first."""

@@ -14,7 +14,10 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted after the new one is complete."""
 
     export_every: int = 0
-    """Write a Hugging Face folder every N steps; 0 writes only the final one."""
+    """Write a Hugging Face folder every N steps; 0 writes only the final one and those of export_stages."""
+
+    export_stages: bool = True
+    """Also write one after the last step of each stage, so that it can be evaluated or begun from."""
 
     resume: bool = True
     """Continue from the newest complete checkpoint in the run folder, if there is one."""

@@ -1,6 +1,8 @@
 """PSFT's old policy: which weights its log-probs come from, what a checkpoint keeps of it, and when PSFT is SFT."""
 
+import json
 import logging
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -138,7 +140,7 @@ def train(tmp_path, monkeypatch):
         seen = []
         update = Trainer._update
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_update", lambda self, part, lr: seen.append(part) or update(self, part, lr))
+            patch.setattr(Trainer, "_update", lambda self, part, *rest: seen.append(part) or update(self, part, *rest))
             path = write_inputs(tmp_path, name=name, objective=objective, **{"steps": STEPS, **changes})
             config = configuration.load(path)
             run_training(config)
@@ -177,6 +179,31 @@ def test_old_log_probs_are_those_of_the_weights_at_the_refresh(train, objective,
             assert (line["loss"] == pytest.approx(-1, abs=1e-6)) == (not changed)
         assert (line["ratio_demonstrations/max"] > 1.001) == changed
     assert objective.get("kind") == "sft_kl" or any(line["clip_fraction/demonstrations"] > 0 for line in lines)
+
+
+def test_dpo_is_measured_against_the_weights_that_its_stage_began_with(train, tmp_path):
+    """Its margins, from transformers in float64 and the weights that the run exported before each update."""
+    rows = [{"prompt": f"{i}+{i}=", "chosen": f"s{i}#{2 * i}", "rejected": f"#{2 * i + 1}"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [str(tmp_path / "pairs.jsonl")], "chat_template": "never", "max_prompt_tokens": 16}
+    checkpoint = {"every": 0, "export_every": 1}
+    folder, seen = train("dpo", {"kind": "dpo", "beta": 0.3}, data=data, checkpoint=checkpoint, steps=3)
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    assert (lines[0]["loss"], lines[0]["dpo/margin"]) == (pytest.approx(math.log(2), abs=1e-6), 0)
+    for step, sequences in enumerate(seen):
+        assert [s.preferred for s in sequences] == [True, False] * 3
+        if step == 0:
+            assert all(s.old_logprobs is None for s in sequences)
+            continue
+        scores = []
+        for sequence in sequences:
+            reference = dense_logprobs(tmp_path / "model", sequence)
+            np.testing.assert_allclose(sequence.old_logprobs, reference, rtol=0, atol=1e-5)
+            scores.append((dense_logprobs(folder / "hf" / f"step-{step:06d}", sequence) - reference).sum())
+        margins = np.array(scores[::2]) - scores[1::2]
+        assert lines[step]["dpo/margin"] == pytest.approx(0.3 * margins.mean(), abs=1e-4)
+        assert lines[step]["loss"] == pytest.approx(np.log1p(np.exp(-0.3 * margins)).mean(), abs=1e-4)
+        assert lines[step]["dpo/margin"] > 0.01
 
 
 def parameters(folder) -> dict[str, np.ndarray]:
