@@ -6,11 +6,13 @@ export PYTHON
 # Single-threaded ranks by default: the tests and the demo bring their own processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-fast test-kernels kernels lint docs doctor clean
+.PHONY: help setup demo study study-quick test test-fast test-kernels kernels lint docs doctor clean
 .NOTPARALLEL:
 
 help:
 	@printf "%-18s %s\n" "make demo" "train a small model by SRFT on 2 processes (CPU or GPUs), write report and checkpoint"
+	@printf "%-18s %s\n" "make study" "all methods with several seeds on one task, then a table: up to 3 hours (examples/study)"
+	@printf "%-18s %s\n" "make study-quick" "a few of them, briefly: minutes (also: make study QUICK=1)"
 	@printf "%-18s %s\n" "make test" "linter and all tests"
 	@printf "%-18s %s\n" "make test-fast" "the tests that are not marked slow"
 	@printf "%-18s %s\n" "make test-kernels" "the tests of the ops and their kernels alone"
@@ -30,6 +32,12 @@ setup:
 
 demo: setup
 	@$(VENV_PYTHON) tools/demo.py
+
+study: setup
+	@$(VENV_PYTHON) examples/study/study.py $(if $(QUICK),--quick)
+
+study-quick: setup
+	@$(VENV_PYTHON) examples/study/study.py --quick
 
 test: lint
 	@echo "running the tests ..."

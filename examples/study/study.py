@@ -1,0 +1,210 @@
+"""The study: every method of methods.py with several seeds on one task, then a table and a page.
+
+    python examples/study/study.py                     # make study: at most 3 hours on 2 cores
+    python examples/study/study.py --quick             # make study-quick: minutes
+    python examples/study/study.py --methods grpo,luffy --seeds 2
+
+Each run is the ordinary training command on a config file written to <folder>/configs, so it can be repeated by hand. A
+finished run is not run again, an interrupted one goes on from its checkpoint, one that fails does not stop the others.
+The results (<folder>/results.md, .json, comparison.html) are written from the runs that are finished.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE))
+
+import base_model  # noqa: E402
+import task  # noqa: E402
+from methods import METHODS, QUICK, Budget, Settings  # noqa: E402
+from tables import write_results  # noqa: E402
+
+from megatron_srft.config import merge  # noqa: E402
+
+FULL, SHORT = Budget(), Budget(steps=40)
+"""What a run may spend in the full and in the quick form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Where things are, and what one run may spend."""
+
+    folder: Path
+    base: Path
+    data: Path
+    budget: Budget
+
+    def settings(self, method: str, seed: int) -> Settings:
+        """The config of one run: config.yaml, the method's own settings, and where things are."""
+        common = yaml.safe_load((HERE / "config.yaml").read_text(encoding="utf-8"))
+        here = {
+            "name": run_name(method, seed),
+            "run_dir": str(self.folder),
+            "seed": seed,
+            "model": {"path": str(self.base)},
+            "data": {"train": [str(self.data / "train.jsonl")]},
+            "evaluation": {"files": [str(self.data / f"{name}.jsonl") for name in task.HELD_OUT]},
+        }
+        return merge(merge(common, METHODS[method](self.budget)), here)
+
+    def config_file(self, method: str, seed: int) -> Path:
+        return self.folder / "configs" / f"{run_name(method, seed)}.yaml"
+
+    def cost_file(self, method: str, seed: int) -> Path:
+        return self.folder / "costs" / f"{run_name(method, seed)}.json"
+
+    def run_folder(self, method: str, seed: int) -> Path:
+        return self.folder / run_name(method, seed)
+
+    def is_finished(self, method: str, seed: int) -> bool:
+        """The trainer writes this folder last."""
+        return (self.run_folder(method, seed) / "hf" / "final" / "config.json").exists()
+
+
+def run_name(method: str, seed: int) -> str:
+    return f"{method}-s{seed}"
+
+
+def prepare(study: Study, plan: list[tuple[str, int]]) -> None:
+    """Data, base model, and a config file for each run.
+
+    Raises:
+        SystemExit: the folder holds runs with other settings.
+    """
+    if not (study.data / "train.jsonl").exists():
+        task.make(study.data, task.Setting())
+    if not (study.base / "config.json").exists():
+        print("making the base model: a minute or two", flush=True)
+        base_model.make(study.base)
+    for name in ("configs", "costs", "logs"):
+        (study.folder / name).mkdir(parents=True, exist_ok=True)
+    for method, seed in plan:
+        path, text = study.config_file(method, seed), yaml.safe_dump(study.settings(method, seed), sort_keys=False)
+        if path.exists() and path.read_text(encoding="utf-8") != text and study.run_folder(method, seed).exists():
+            sys.exit(
+                f"study: {study.run_folder(method, seed)} was run with other settings (its config is {path}); "
+                "name another --folder, or remove both"
+            )
+        path.write_text(text, encoding="utf-8")
+
+
+def run_one(study: Study, method: str, seed: int, deadline: float) -> str | None:
+    """Train one run if it is not finished; returns what went wrong, or None.
+
+    At the deadline the run gets SIGTERM: it saves its state, and the next call resumes it.
+    """
+    name = run_name(method, seed)
+    if study.is_finished(method, seed):
+        return None
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        return "not started: the time is up"
+    log = study.folder / "logs" / f"{name}.log"
+    command = [sys.executable, "-m", "megatron_srft.train", str(study.config_file(method, seed))]
+    # One thread each: the model is too small for a second one, and runs side by side would wait for each other.
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    start = time.monotonic()
+    with log.open("a", encoding="utf-8") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        alarm = threading.Timer(remaining, process.terminate)
+        alarm.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        alarm.cancel()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    attempt = {
+        "wall_seconds": time.monotonic() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "status": process.returncode,
+    }
+    path = study.cost_file(method, seed)
+    attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.write_text(json.dumps([*attempts, attempt], indent=2) + "\n", encoding="utf-8")
+    if study.is_finished(method, seed):
+        return None
+    if process.returncode == 0:
+        return "interrupted and saved; the same command resumes it"
+    return f"failed with status {process.returncode}; {last_line(log)} (all of it: {log})"
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def run_all(study: Study, plan: list[tuple[str, int]], jobs: int, hours: float) -> dict[str, str]:
+    """Train all runs, `jobs` at a time; what went wrong, by run."""
+    deadline, done, lock = time.monotonic() + 3600 * hours, 0, threading.Lock()
+
+    def one(item: tuple[str, int]) -> tuple[str, str | None]:
+        nonlocal done
+        start = time.monotonic()
+        problem = run_one(study, *item, deadline)
+        with lock:
+            done += 1
+            seconds = time.monotonic() - start
+            print(f"[{done}/{len(plan)}] {run_name(*item):<22} {seconds:5.0f} s  {problem or 'done'}", flush=True)
+        return run_name(*item), problem
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        return {name: problem for name, problem in pool.map(one, plan) if problem}
+
+
+def conduct(study: Study, methods: list[str], seeds: int, jobs: int, hours: float, target: float) -> int:
+    """Train what is not finished, write the results of what is; 1 when something went wrong or was left undone."""
+    # All methods with the first seed, then with the second: a study that is cut short still compares like with like.
+    plan = [(method, seed) for seed in range(seeds) for method in methods]
+    prepare(study, plan)
+    problems = run_all(study, plan, jobs, hours)
+    for name, problem in problems.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    finished = {m: [s for s in range(seeds) if study.is_finished(m, s)] for m in methods}
+    finished = {method: done for method, done in finished.items() if done}
+    if not finished:
+        print("study: no run is finished, so there is nothing to compare", file=sys.stderr)
+        return 1
+    runs = {method: [study.run_folder(method, seed) for seed in done] for method, done in finished.items()}
+    costs = {method: [study.cost_file(method, seed) for seed in done] for method, done in finished.items()}
+    print(write_results(study.folder, runs, costs, study.base, study.data, target))
+    return 1 if problems else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"one seed, {SHORT.steps} steps, of " + ", ".join(QUICK))
+    parser.add_argument("--folder", type=Path, help="where runs and results go [runs/study, runs/study-quick]")
+    parser.add_argument("--methods", help="names separated by commas [all]: " + ", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, help="seeds of each method [5, quick: 1]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
+    parser.add_argument("--hours", type=float, default=3.0, help="then runs are stopped, saved, and reported [3]")
+    parser.add_argument("--target", type=float, default=0.8, help="accuracy whose cost is compared [0.8]")
+    options = parser.parse_args()
+    methods = options.methods.split(",") if options.methods else list(QUICK if options.quick else METHODS)
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]}; there are {', '.join(METHODS)}")
+    os.chdir(ROOT)
+    study = Study(
+        folder=options.folder or Path("runs") / ("study-quick" if options.quick else "study"),
+        base=HERE.relative_to(ROOT) / "base",
+        data=HERE.relative_to(ROOT) / "data",
+        budget=SHORT if options.quick else FULL,
+    )
+    seeds = options.seeds or (1 if options.quick else 5)
+    return conduct(study, methods, seeds, options.jobs, options.hours, options.target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
