@@ -131,7 +131,7 @@ def test_a_small_study(modules, tmp_path, capsys):
 
     models = {name: figures[0] for name, figures in results["final_models"].items()}
     nll = {name: figures["nll/demonstrations"] for name, figures in models.items()}
-    assert nll["sft"] < 0.85 * nll["base model"]
+    assert nll["sft"] < nll["base model"] - 0.1
     assert nll["grpo"] == pytest.approx(nll["base model"], rel=0.05), "no reward, nothing to learn from"
     assert max(line["accuracy"] for line in metrics(place, "grpo")) < 0.1
     table = (place.folder / "results.md").read_text()

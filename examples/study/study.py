@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="seeds of each method [5, quick: 1]")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
     parser.add_argument("--hours", type=float, default=3.0, help="then runs are stopped, saved, and reported [3]")
-    parser.add_argument("--target", type=float, default=0.8, help="accuracy whose cost is compared [0.8]")
+    parser.add_argument("--target", type=float, default=0.75, help="accuracy whose cost is compared [0.75]")
     options = parser.parse_args()
     methods = options.methods.split(",") if options.methods else list(QUICK if options.quick else METHODS)
     unknown = [method for method in methods if method not in METHODS]
