@@ -110,8 +110,10 @@ def final_table(finals: Mapping[str, Sequence[Figures]]) -> tuple[str, list[str]
 
 
 def relative_cost(comparison: Comparison, method: str) -> dict[str, float | None]:
-    """BASELINE's mean cost of the target on TARGET_FILE over this method's: 2 is twice as fast. None: one never got there,
-    or a seed of either did not, so that a mean over the others would flatter it."""
+    """BASELINE's mean cost of the target over this method's, on TARGET_FILE: 2 is twice as fast.
+
+    None where a seed of either did not reach it, since a mean over the others would flatter.
+    """
     names = ("reached_step", "reached_rollout_tokens", "reached_seconds")
     if any(not _all_reached(comparison, m) for m in (method, BASELINE)):
         return dict.fromkeys(names)
