@@ -2,9 +2,9 @@
 
 The corpus is that of the arithmetic example, with this study's answers and three differences. No worked document
 teaches to begin (pretrain.py tells how that is kept out of the loss), so the model guesses: 1 time in 100 right. A last
-lesson, half of it guesses alone, brings the probability of beginning down to about 1 in 10,000, so that reinforcement learning
-rarely meets a beginning to reward. And chains of 6 to 8 operands are rare, so that it makes mistakes in them even once
-it has begun; longer ones it has never seen.
+lesson, half of it guesses alone, brings the probability of beginning down to about 1 in 10,000, so that reinforcement
+learning rarely meets a beginning to reward. And chains of 6 to 8 operands are rare, so that it makes mistakes in them
+even once it has begun; longer ones it has never seen.
 """
 
 import argparse
