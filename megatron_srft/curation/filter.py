@@ -5,7 +5,6 @@ are kept when one of two answers of a strong model matches them. Rows are writte
 """
 
 import argparse
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from megatron_srft.curation.distil import sampler
 from megatron_srft.curation.harvest import refuse_silence, verifiers, verify
 from megatron_srft.curation.output import Output, check_output
 from megatron_srft.curation.problems import Problem
+from megatron_srft.curation.progress import Progress
 from megatron_srft.curation.rows import read_all, write_rows
 from megatron_srft.curation.selection import table
 from megatron_srft.curation.sources import CurationError, Sample
@@ -39,8 +39,6 @@ COUNTS = {
     "unmatched": "left out: matched by fewer than --min-matched responses",
     "kept": "written",
 }
-
-log = logging.getLogger(__name__)
 
 Respond = Callable[[Sequence[Problem], int], list[list[Sample]]]
 """Responses to each problem; the number is that of the rows already written."""
@@ -162,13 +160,14 @@ def main(options: argparse.Namespace) -> int:
         scorer = opened.enter_context(settings.open_scorer(config.rewards))
         output = opened.enter_context(Output(options.output, settings.recorded(options, config), mode))
         rules = Filter(scorer, config.rewards, options.max_answer_characters, options.min_matched, respond)
+        progress = Progress(len(rows), "rows")
         waiting = [pair for pair in zip(rows, problems, strict=True) if pair[0].where not in output.done]
         for start in range(0, len(waiting), PORTION):
             some = waiting[start : start + PORTION]
             fates = rules.fates([problem for _, problem in some], len(output.done))
             for (row, _), fate in zip(some, fates, strict=True):
                 output.add(row.where, row.fields if fate == "kept" else None, Counter({"rows": 1, fate: 1}))
-            log.info("%d of %d rows", len(output.done), len(rows))
+            progress.show(len(output.done), f"{output.counts['kept']:,} kept")
     if options.dropped is not None:
         _write_dropped(options.dropped, rows, output)
     if not output.counts["kept"]:

@@ -1,6 +1,5 @@
 """The loop behind `data distil` and `data act`: sample, verify, keep the correct ones, write, count."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -9,6 +8,7 @@ import numpy as np
 from megatron_srft.config import VERIFIERS, RewardConfig
 from megatron_srft.curation.output import Output
 from megatron_srft.curation.problems import Problem
+from megatron_srft.curation.progress import Progress
 from megatron_srft.curation.selection import Selection, select, table
 from megatron_srft.curation.sources import CurationError, Sample, Source
 from megatron_srft.rewards import Scorer
@@ -18,8 +18,6 @@ Produce = Callable[[Sequence[Problem]], list[list[Sample]]]
 """Samples of each problem."""
 
 NO_TOKENS = np.zeros(0, np.int32)
-
-log = logging.getLogger(__name__)
 
 
 def verifiers(rewards: Sequence[RewardConfig]) -> tuple[RewardConfig, ...]:
@@ -48,6 +46,7 @@ def harvest(
         CurationError: the source answers nobody, or there is no demonstration at the end.
     """
     waiting = [problem for problem in problems if problem.id not in output.done]
+    progress = Progress(len(problems), "prompts")
     portion, spoken = max(1, source.batch // per_problem), False
     for start in range(0, len(waiting), portion):
         some = waiting[start : start + portion]
@@ -57,7 +56,7 @@ def harvest(
             kept, counts = select(samples, scores, selection)
             row = problem.row([sample.text for sample in kept]) | {"made": _made(source, kept, counts)}
             output.add(problem.id, row if kept else None, counts)
-        log.info("%d of %d prompts, %d demonstrations", len(output.done), len(problems), output.counts["kept"])
+        progress.show(len(output.done), f"{output.counts['kept']:,} demonstrations")
     if not output.counts["kept"]:
         raise CurationError(
             f"no demonstration could be kept, so {output.path} is not written:\n{table(output.counts)}\nAsk a stronger "

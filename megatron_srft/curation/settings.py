@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_srft import config as configuration
 from megatron_srft.config import (
+    VERIFIERS,
     DataConfig,
     ExactRewardConfig,
     MathRewardConfig,
@@ -38,6 +39,8 @@ def read_config(options: argparse.Namespace) -> RunConfig:
     if options.reward is not None:
         kind = {"math": MathRewardConfig, "exact": ExactRewardConfig}[options.reward]
         config = replace(config, rewards=(kind(answer_after=options.answer_after),))
+    if not any(reward.kind in VERIFIERS for reward in config.rewards):
+        raise ValueError(f"{options.config}: rewards has no verifier; add an item of kind {', '.join(VERIFIERS)}")
     return config
 
 
