@@ -28,6 +28,13 @@ LATE_COLUMNS = {
     "clip_fraction/demonstrations": ("clipped demonstrations", "{:.2%}"),
 }
 
+SIZE_COLUMNS = {"steps": "{:,.0f}", "rollout_tokens": "{:,.0f}", "seconds": "{:,.1f}"}
+REACHED_COLUMNS = {
+    "reached_step": "{:,.0f}",
+    "reached_rollout_tokens": "{:,.0f}",
+    "reached_seconds": "{:,.1f}",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -203,8 +210,8 @@ def file_table(comparison: Comparison, file: str) -> Table:
         row.append(cell(comparison.spread(method, file, "best_step"), "{:.0f}"))
         if target is not None:
             row.append(f"{comparison.num_reached(method, file)} of {len(found)}")
-            for figure in ("reached_step", "reached_rollout_tokens", "reached_seconds"):
-                row.append(cell(comparison.spread(method, file, figure), "{:,.0f}"))
+            for figure, pattern in REACHED_COLUMNS.items():
+                row.append(cell(comparison.spread(method, file, figure), pattern))
         rows.append(row)
     metrics = list(dict.fromkeys(f.metric for method in comparison.methods for f in comparison.on_file(method, file)))
     return f"{file}: {' and '.join(metrics)}", heading, rows
@@ -220,9 +227,9 @@ def training_table(comparison: Comparison) -> Table:
     heading = ["method", "runs", "steps", "rollout tokens", "seconds", *(name for name, _ in columns.values())]
     rows = []
     for method, runs in comparison.methods.items():
-        sizes = (Spread.of([getattr(run, name) for run in runs]) for name in ("steps", "rollout_tokens", "seconds"))
+        sizes = (Spread.of([getattr(run, name) for run in runs]) for name in SIZE_COLUMNS)
         figures = (cell(comparison.late(method, key), pattern) for key, (_, pattern) in columns.items())
-        rows.append([method, str(len(runs)), *(cell(size, "{:,.0f}") for size in sizes), *figures])
+        rows.append([method, str(len(runs)), *map(cell, sizes, SIZE_COLUMNS.values()), *figures])
     return "Training: sizes, and means over the last tenth of the steps", heading, rows
 
 

@@ -88,7 +88,7 @@ def test_seeds_that_do_not_reach_the_target_are_counted_and_not_averaged(runs):
     assert comparison.num_reached("rl", "a") == 1
     assert comparison.spread("rl", "a", "reached_step").values == (4,)
     row = next(line for line in comparison.to_markdown().splitlines() if line.startswith("| rl |"))
-    assert row == "| rl | 2 | 10.0% ± 0.0% | 80.0% ± 14.1% | 85.0% ± 7.1% | 3 ± 1 | 1 of 2 | 4 | 208 | 5 |"
+    assert row == "| rl | 2 | 10.0% ± 0.0% | 80.0% ± 14.1% | 85.0% ± 7.1% | 3 ± 1 | 1 of 2 | 4 | 208 | 5.0 |"
 
 
 def test_json_holds_runs_and_summary(runs):
