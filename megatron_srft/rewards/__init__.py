@@ -4,6 +4,7 @@
     symbolic     compares two answers as mathematics, with math-verify and sympy      (worker processes only)
     worker       the program of one worker process; workers keeps a pool of them under a deadline
     math, exact, judge     rewards of the answer, with a verdict; the judge is a model behind an HTTP endpoint
+    endpoint     chat completions over HTTP, for the judge and for the data tools
     format                 reward of the form, and a gate
     lengths, repetition    the formulas of the rewards that shape a response; shaping applies them
     functions              users' own rewards
