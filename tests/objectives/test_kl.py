@@ -107,11 +107,14 @@ def test_against_the_old_policy_value_and_gradient_are_those_of_the_exact_diverg
     torch.testing.assert_close(gradient, wanted)
 
 
-@pytest.mark.parametrize("estimator", FORMULAS)
-def test_at_the_old_policy_the_penalty_is_zero(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "against"), [(k, "old") for k in FORMULAS] + [("k2", "reference"), ("k3", "reference")]
+)
+def test_at_the_other_policy_the_penalty_is_zero(estimator, against):
     sequences = [replace(s, old=None) for s in random_sequences(3, 1)]
     inputs = inputs_of(sequences)
-    kl = KlConfig(coefficient=2.0, estimator=estimator, against="old")
+    inputs = replace(inputs, reference_logprobs=inputs.logprobs.detach().clone())
+    kl = KlConfig(coefficient=2.0, estimator=estimator, against=against)
     found = penalty_of(inputs, counts_of(sequences), resolved(GrpoConfig()), kl)
     assert found.item() == 0.0
     if estimator != "k1":  # the gradient of k1 is 0 in the mean over samples, not on each of them
