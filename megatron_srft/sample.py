@@ -267,6 +267,9 @@ class PackedBatch:
     sequence_ids: tuple[int, ...]
     """For each sequence (without the padding), its index in the step's list of TrainingSequence."""
 
+    reference_hidden: torch.Tensor | None = None
+    """[rows, hidden] the reference's last hidden states; None unless its whole distribution is asked for."""
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The same micro-batch with its tensors on `device`."""
         values = {name: getattr(self, name) for name in self.__slots__}
@@ -293,6 +296,9 @@ class TokenStats:
 
     entropy: torch.Tensor
     """[rows] float32; entropy in nats, over the valid vocabulary."""
+
+    reference_kl: torch.Tensor | None = None
+    """[rows] float32; divergence between this distribution and the reference's, in nats; None unless asked for."""
 
 
 def count(sequences: list[TrainingSequence]) -> Counts:

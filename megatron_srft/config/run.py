@@ -25,6 +25,7 @@ from megatron_srft.config.setup import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_srft.config.supervised import SftKlConfig
 from megatron_srft.config.verifiers import MathRewardConfig
 from megatron_srft.config.watching import (
     AccountingConfig,
@@ -167,6 +168,16 @@ class RunConfig:
     def uses_preferences(self) -> bool:
         """Whether a step has pairs of a chosen and a rejected answer, and nothing else."""
         return self.objective.kind == "dpo"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a second set of weights is held."""
+        return self.kl.needs_reference or self.needs_reference_distribution
+
+    @property
+    def needs_reference_distribution(self) -> bool:
+        """Whether an update asks for the reference's whole next-token distributions."""
+        return isinstance(self.objective, SftKlConfig) and self.objective.estimator == "full"
 
     def resolved(self) -> "RunConfig":
         """This tree with every `None` that stands for a published setting replaced by that setting."""

@@ -31,6 +31,13 @@ class SftKlConfig:
     kl_coefficient: float = 0.5
     """Weight of the divergence from the policy at the stage's start (PSFT's baseline 0.5, SRFT's 0.2)."""
 
+    estimator: Literal["k3", "full"] = "k3"
+    """k3: from the log-probs of the demonstrations' own tokens. full: over the whole vocabulary at each of them, which
+    needs the starting policy's weights in host memory and a second forward pass of every update."""
+
+    direction: Literal["policy_reference", "reference_policy"] = "policy_reference"
+    """Of the full divergence: KL(policy || reference), or KL(reference || policy)."""
+
     denominator: Denominator = "tokens"
     """How the negative log-likelihood and the divergence are averaged."""
 
@@ -39,6 +46,10 @@ class SftKlConfig:
 
     def __post_init__(self):
         require_positive(self, "constant_length")
+        require(
+            self.estimator == "full" or self.direction == "policy_reference",
+            "objective.direction is of the divergence over the whole vocabulary; set objective.estimator to full",
+        )
         require(self.kl_coefficient >= 0, f"objective.kl_coefficient must not be negative, got {self.kl_coefficient}")
 
 

@@ -62,6 +62,10 @@ class ObjectiveInputs:
     reference_logprobs: Tensor | None = None
     """[rows] log-probs of the reference policy, without gradient; None unless the loss holds the policy near it."""
 
+    reference_kl: Tensor | None = None
+    """[rows] divergence between the policy's and the reference's whole distributions, with gradient; None unless the
+    objective asks."""
+
     group: Tensor | None = None
     """[rows] int64; index of the row's group within the step."""
 
@@ -99,6 +103,7 @@ def gather_inputs(batch: PackedBatch, stats: TokenStats) -> ObjectiveInputs:
         rollout_logprobs=batch.rollout_logprobs,
         old_logprobs=batch.old_logprobs,
         reference_logprobs=batch.reference_logprobs,
+        reference_kl=stats.reference_kl,
         group=batch.group,
         pooled_entropy=batch.pooled_entropy,
     )

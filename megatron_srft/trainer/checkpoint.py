@@ -231,8 +231,8 @@ def _check_kind(path: Path, optimizer: MegatronOptimizer) -> None:
 def _check_reference(path: Path) -> None:
     if not read_layout(path).get("reference"):
         raise ConfigError(
-            f"{path} holds no reference policy, which kl.coefficient above 0 needs; set it to 0 to go on from it, or "
-            "choose another name for a new run"
+            f"{path} holds no reference policy, which kl.coefficient above 0 and objective.estimator full need; set it "
+            "to 0, or to k3, to go on from it, or choose another name for a new run"
         )
 
 

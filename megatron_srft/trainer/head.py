@@ -1,9 +1,11 @@
-"""The LM head: from the last stage's hidden states to log-prob and entropy of the response tokens.
+"""The LM head: from the last stage's hidden states to log-prob and entropy of the response tokens, and a divergence.
 
 Only the response rows are multiplied with the vocabulary; the logits live inside `ops.linear_token_logprob`. The
 gradient of the hidden states is a partial sum over this rank's vocabulary shard, so the region functions below complete
 it: an all-reduce over the tensor-parallel ranks, or a reduce-scatter when the sequence is cut over them.
 """
+
+from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -12,8 +14,18 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_srft.distributed import Group, rank
+from megatron_srft.ops.linear_kl import Direction, linear_kl
 from megatron_srft.ops.linear_token_logprob import linear_token_logprob
 from megatron_srft.sample import PackedBatch, TokenStats
+
+
+class ReferenceHead(NamedTuple):
+    """What a divergence over the whole vocabulary needs besides hidden states (trainer/beside_reference.py)."""
+
+    weight: torch.Tensor
+    """[vocabulary shard, hidden], the reference's."""
+
+    direction: Direction
 
 
 def token_stats(
@@ -26,8 +38,9 @@ def token_stats(
     saved_logits_bytes: int,
     sequence_parallel: bool,
     tensor_group: Group,
+    reference_head: ReferenceHead | None = None,
 ) -> TokenStats:
-    """Log-prob and entropy at the batch's rows.
+    """Log-prob and entropy at the batch's rows; with a reference head also the divergence from the reference.
 
     Args:
         hidden: [tokens (/ tensor ranks with sequence parallelism), 1, hidden], after the final norm.
@@ -36,24 +49,32 @@ def token_stats(
         temperature: the logits are divided by it.
         saved_logits_bytes: budget for keeping logits from the forward to the backward pass.
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_group)
-        rows = hidden[:, 0].index_select(0, batch.rows)
-    else:
-        rows = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, batch.rows), group=tensor_group)
+    rows = response_rows(hidden, batch, sequence_parallel, tensor_group)
     accumulates = torch.is_grad_enabled() and hasattr(weight, "main_grad")
-    logprobs, entropy = linear_token_logprob(
-        rows,
-        _GradientInMainGrad.apply(weight) if accumulates else weight,
-        batch.labels,
+    head = _GradientInMainGrad.apply(weight) if accumulates else weight
+    columns = dict(
         vocab_start=rank(tensor_group) * weight.shape[0],
         vocab_size=vocab_size,
         temperature=temperature,
         group=tensor_group,
         weight_gradient=weight.main_grad if accumulates else None,
-        saved_logits_bytes=saved_logits_bytes,
     )
-    return TokenStats(logprobs=logprobs, entropy=entropy)
+    logprobs, entropy = linear_token_logprob(rows, head, batch.labels, saved_logits_bytes=saved_logits_bytes, **columns)
+    divergence = None
+    if reference_head is not None:
+        reference = (batch.reference_hidden, reference_head.weight)
+        divergence = linear_kl(rows, head, *reference, direction=reference_head.direction, **columns)
+    return TokenStats(logprobs=logprobs, entropy=entropy, reference_kl=divergence)
+
+
+def response_rows(
+    hidden: torch.Tensor, batch: PackedBatch, sequence_parallel: bool, tensor_group: Group
+) -> torch.Tensor:
+    """[rows, hidden] hidden states at the batch's rows, on every tensor-parallel rank; see the module for gradients."""
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_group)
+        return hidden[:, 0].index_select(0, batch.rows)
+    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, batch.rows), group=tensor_group)
 
 
 class _GradientInMainGrad(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The old policy of PSFT, SFT-KL and DPO: log-probs of all demonstrations that come until its next refresh.
+"""The old policy of PSFT, of SFT-KL's k3, and of DPO: log-probs of all demonstrations that come until its next refresh.
 
 Updates between two refreshes are a window. What each of them will see is a function of (seed, step), so one statistics
 pass over the rest of the window, made at the refresh, replaces a second copy of the weights. Log-probs are kept under a
@@ -128,7 +128,7 @@ def _schedule(objective: ObjectiveConfig) -> tuple[int | None, int]:
     match objective:
         case PsftConfig():
             return objective.refresh_every, objective.warmup_steps
-        case SftKlConfig() | DpoConfig():
+        case SftKlConfig(estimator="k3") | DpoConfig():
             return None, 0
     return 1, 0
 

@@ -22,7 +22,7 @@ from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_red
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
 from megatron_srft.trainer.architecture import uses_transformer_engine
 from megatron_srft.trainer.attention import PackedParams, packed_params
-from megatron_srft.trainer.head import token_stats
+from megatron_srft.trainer.head import ReferenceHead, token_stats
 from megatron_srft.trainer.model import PolicyModel
 
 
@@ -55,6 +55,9 @@ class Policy:
     saved_logits_bytes: int
     """A micro-batch's logits are kept for the backward pass if they fit."""
 
+    reference_head: ReferenceHead | None = None
+    """For the divergence from a reference over the whole vocabulary, where that is asked for."""
+
     def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> TokenStats:
         return token_stats(
             hidden,
@@ -65,6 +68,7 @@ class Policy:
             saved_logits_bytes=self.saved_logits_bytes,
             sequence_parallel=model.config.sequence_parallel,
             tensor_group=self.groups.tensor,
+            reference_head=self.reference_head,
         )
 
 
@@ -116,8 +120,7 @@ def measure(
     network: Network, microbatches: list[PackedBatch], collect: Callable[[PackedBatch, Any], dict[int, Any]]
 ) -> dict[int, Any]:
     """What `collect` finds in each micro-batch for its sequences (by index), on every rank, without gradients."""
-    with torch.no_grad():
-        shares = _run_schedule(network, microbatches, collect, forward_only=True)
+    shares = forward_pass(network, microbatches, collect)
     if size(network.groups.pipeline) > 1:
         shares = broadcast_object(shares, network.groups.pipeline, size(network.groups.pipeline) - 1)
     found: dict[int, Any] = {}
@@ -125,6 +128,12 @@ def measure(
         for part in share:
             found.update(part)
     return found
+
+
+def forward_pass(network: Network, microbatches: list[PackedBatch], collect: Callable[[PackedBatch, Any], Any]) -> list:
+    """What `collect` makes of each micro-batch's outputs, without gradients; on the last stage, elsewhere []."""
+    with torch.no_grad():
+        return _run_schedule(network, microbatches, collect, forward_only=True)
 
 
 # ---------------------------------------------------------------- losses of one micro-batch

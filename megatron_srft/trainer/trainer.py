@@ -14,6 +14,7 @@ from megatron_srft.objectives import scheduled
 from megatron_srft.objectives.value import value_figures
 from megatron_srft.ops import implementations
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
+from megatron_srft.trainer.beside_reference import beside_reference
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.critic import Critic
 from megatron_srft.trainer.model import PolicyModel, build_model
@@ -59,7 +60,7 @@ class Trainer:
         self.config, self.stage_steps = config, steps
         self.policy = replace(self.policy, temperature=config.rollout.temperature)
         self.optimizer = build_optimizer(self.policy.chunks, config.optimizer, config.parallel)
-        self.reference = Reference(self.models) if config.kl.needs_reference else None
+        self.reference = Reference(self.models) if config.needs_reference else None
         self.critic = Critic(config, self.models, self.groups) if config.uses_critic else None
 
     def measure(self, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
@@ -72,7 +73,7 @@ class Trainer:
     def refresh_reference(self, stage_step: int) -> None:
         """Make the current policy the reference where kl.refresh_every says so, before step `stage_step`."""
         every = self.config.kl.refresh_every
-        if self.reference is not None and every is not None and stage_step and stage_step % every == 0:
+        if self.config.kl.needs_reference and every is not None and stage_step and stage_step % every == 0:
             self.reference.take()
 
     def prepare(
@@ -87,7 +88,7 @@ class Trainer:
             measured = self.measure(sequences)
         if measured is not None:
             sequences = self._with_measurements(sequences, measured)
-        if self.reference is not None:
+        if self.config.kl.needs_reference:
             rollouts = [s for s in sequences if not s.is_demonstration]
             with self.reference.in_place():
                 found = iter(self.measure(rollouts))
@@ -147,16 +148,15 @@ class Trainer:
     # ------------------------------------------------------------ one update
 
     def _update(self, sequences: Sequence[TrainingSequence], lr: float, config: RunConfig) -> dict[str, float]:
-        for chunk in self.policy.chunks:
+        policy, microbatches = self.policy, self.microbatches(sequences)
+        if config.needs_reference_distribution:
+            direction = config.objective.direction
+            policy, microbatches = beside_reference(policy, self.reference, microbatches, direction)
+        for chunk in policy.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = train_pass(
-            self.policy,
-            self.microbatches(sequences),
-            count(list(sequences)),
-            config,
-        )
+        metrics = train_pass(policy, microbatches, count(list(sequences)), config)
         stepped, norm = clip_and_step(self.optimizer, self.config.optimizer, lr)
         self.policy_version += stepped
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
