@@ -1,5 +1,6 @@
 """SFT-KL: its closed form in float64, and where it is SFT."""
 
+import dataclasses
 import math
 
 import pytest
@@ -32,6 +33,27 @@ def test_by_hand():
     likelihood = [-1, -1, 0, -1]
     expected = [(one + 0.2 * other) / 3 for one, other in zip(likelihood, slopes, strict=True)]
     assert inputs.logprobs.grad.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("denominator", "weights"), [("tokens", [1 / 3] * 3), ("sequence_mean", [1 / 4, 1 / 4, 1 / 2])]
+)
+def test_a_divergence_that_is_given_is_averaged_over_the_demonstrations(denominator, weights):
+    sequences = [
+        Sequence([-1.0, -2.0], demonstration=True),
+        Sequence([-9.0], advantage=3.0),
+        Sequence([-4.0], demonstration=True),
+    ]
+    given = torch.tensor([0.5, 0.1, 7.0, 2.0], dtype=torch.float64, requires_grad=True)
+    inputs = dataclasses.replace(inputs_of(sequences), reference_kl=given)
+    config = SftKlConfig(kl_coefficient=0.2, estimator="full", denominator=denominator)
+    output = compute(inputs, counts_of(sequences), resolved(config))
+    output.loss.backward()
+    penalty = 0.2 * (weights[0] * 0.5 + weights[1] * 0.1 + weights[2] * 2.0)
+    assert output.metrics["loss/kl"].item() == pytest.approx(penalty)
+    assert output.loss.item() == pytest.approx(weights[0] + weights[1] * 2 + weights[2] * 4 + penalty)
+    assert given.grad.tolist() == pytest.approx([0.2 * weights[0], 0.2 * weights[1], 0, 0.2 * weights[2]])
+    assert output.metrics["kl/demonstrations_full"].item() == pytest.approx(2.6 / 3)
 
 
 @pytest.mark.parametrize("denominator", ["tokens", "sequence_mean"])
