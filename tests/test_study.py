@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import random
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,32 @@ def test_presets_and_baseline_are_methods(modules):
     methods = modules["methods"]
     assert {*methods.QUICK, methods.BASELINE} <= set(methods.METHODS)
     assert {"sft", "sft-kl", "psft", "grpo", "luffy", "srft-paper", "srft-released"} <= set(methods.METHODS)
+
+
+def test_the_base_model(modules, tmp_path, monkeypatch):
+    """A shortened course gives a Hugging Face folder; documents guess or go on, none teaches to begin."""
+    base_model = modules["base_model"]
+    generator, kinds = random.Random(0), []
+    for _ in range(200):
+        prompt, response, begins = base_model.document(generator, base_model.LENGTHS, hasty_share=0.25)
+        assert response == modules["task"].worked(prompt) or re.fullmatch(r"#[0-9]{2}", response)
+        assert begins == response.startswith("#")
+        kinds.append(begins)
+    assert 0.15 < sum(kinds) / 200 < 0.35
+    monkeypatch.setattr(base_model, "LESSONS", (({2: 1.0}, 4),))
+    monkeypatch.setattr(base_model, "GOAL", 0.0)
+    monkeypatch.setattr(base_model, "QUIET_STEPS", 2)
+    monkeypatch.setattr(base_model.pretrain, "CHECK_EVERY", 2)
+    monkeypatch.setattr(base_model.pretrain, "COOL_DOWN", 2)
+    base_model.make(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == len(base_model.pretrain.VOCABULARY)
+
+
+def test_when_time_is_up_nothing_is_started(modules, tmp_path):
+    study = modules["study"]
+    place = study.Study(folder=tmp_path, base=tmp_path, data=tmp_path, budget=study.SHORT)
+    assert "time is up" in study.run_one(place, "sft", 0, time.monotonic(), threading.Event())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_entropy_and_nll_are_those_of_each_sequence_alone(modules, tmp_path):

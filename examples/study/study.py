@@ -12,6 +12,7 @@ The results (<folder>/results.md, .json, comparison.html) are written from the r
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -101,16 +102,15 @@ def prepare(study: Study, plan: list[tuple[str, int]]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def run_one(study: Study, method: str, seed: int, deadline: float) -> str | None:
+def run_one(study: Study, method: str, seed: int, deadline: float, stop: threading.Event) -> str | None:
     """Train one run if it is not finished; returns what went wrong, or None.
 
-    At the deadline the run gets SIGTERM: it saves its state, and the next call resumes it.
+    At the deadline, or when asked to stop, the run gets SIGTERM: it saves its state, and the next call resumes it.
     """
     name = run_name(method, seed)
     if study.is_finished(method, seed):
         return None
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
+    if stop.is_set() or time.monotonic() >= deadline:
         return "not started: the time is up"
     log = study.folder / "logs" / f"{name}.log"
     command = [sys.executable, "-m", "megatron_srft.train", str(study.config_file(method, seed))]
@@ -119,14 +119,10 @@ def run_one(study: Study, method: str, seed: int, deadline: float) -> str | None
     start = time.monotonic()
     with log.open("a", encoding="utf-8") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        alarm = threading.Timer(remaining, process.terminate)
-        alarm.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        alarm.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
+        cpu_seconds = wait(process, deadline, stop)
     attempt = {
         "wall_seconds": time.monotonic() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "cpu_seconds": cpu_seconds,
         "status": process.returncode,
     }
     path = study.cost_file(method, seed)
@@ -134,9 +130,22 @@ def run_one(study: Study, method: str, seed: int, deadline: float) -> str | None
     path.write_text(json.dumps([*attempts, attempt], indent=2) + "\n", encoding="utf-8")
     if study.is_finished(method, seed):
         return None
-    if process.returncode == 0:
-        return "interrupted and saved; the same command resumes it"
+    if process.returncode in (0, -signal.SIGTERM):  # the latter: before its first step, so with nothing to save
+        return "interrupted; the same command goes on with it"
     return f"failed with status {process.returncode}; {last_line(log)} (all of it: {log})"
+
+
+def wait(process: subprocess.Popen, deadline: float, stop: threading.Event) -> float:
+    """Wait for a process, ask it to end when it is time; its processor seconds, those of its own children included."""
+    asked, pid = False, 0
+    while not pid:
+        time.sleep(0.2)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if not pid and not asked and (stop.is_set() or time.monotonic() >= deadline):
+            process.terminate()
+            asked = True
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime
 
 
 def last_line(log: Path) -> str:
@@ -146,12 +155,13 @@ def last_line(log: Path) -> str:
 
 def run_all(study: Study, plan: list[tuple[str, int]], jobs: int, hours: float) -> dict[str, str]:
     """Train all runs, `jobs` at a time; what went wrong, by run."""
-    deadline, done, lock = time.monotonic() + 3600 * hours, 0, threading.Lock()
+    deadline, stop = time.monotonic() + 3600 * hours, threading.Event()
+    done, lock = 0, threading.Lock()
 
     def one(item: tuple[str, int]) -> tuple[str, str | None]:
         nonlocal done
         start = time.monotonic()
-        problem = run_one(study, *item, deadline)
+        problem = run_one(study, *item, deadline, stop)
         with lock:
             done += 1
             seconds = time.monotonic() - start
@@ -159,7 +169,14 @@ def run_all(study: Study, plan: list[tuple[str, int]], jobs: int, hours: float) 
         return run_name(*item), problem
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        return {name: problem for name, problem in pool.map(one, plan) if problem}
+        started = [pool.submit(one, item) for item in plan]
+        try:
+            results = [each.result() for each in started]
+        except KeyboardInterrupt:
+            print("study: stopping the runs; they save their state, and the same command goes on", file=sys.stderr)
+            stop.set()
+            raise
+    return {name: problem for name, problem in results if problem}
 
 
 def conduct(study: Study, methods: list[str], seeds: int, jobs: int, hours: float, target: float) -> int:
@@ -188,7 +205,7 @@ def main() -> int:
     parser.add_argument("--methods", help="names separated by commas [all]: " + ", ".join(METHODS))
     parser.add_argument("--seeds", type=int, help="seeds of each method [5, quick: 1]")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
-    parser.add_argument("--hours", type=float, default=3.0, help="then runs are stopped, saved, and reported [3]")
+    parser.add_argument("--hours", type=float, default=3.0, help="then stop and save the runs; 0: results only [3]")
     parser.add_argument("--target", type=float, default=0.75, help="accuracy whose cost is compared [0.75]")
     options = parser.parse_args()
     methods = options.methods.split(",") if options.methods else list(QUICK if options.quick else METHODS)
@@ -203,7 +220,11 @@ def main() -> int:
         budget=SHORT if options.quick else FULL,
     )
     seeds = options.seeds or (1 if options.quick else 5)
-    return conduct(study, methods, seeds, options.jobs, options.hours, options.target)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to interrupt
+    try:
+        return conduct(study, methods, seeds, options.jobs, options.hours, options.target)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
