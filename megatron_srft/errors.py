@@ -5,6 +5,7 @@
           failed parity gate), a traceback if it is a bug or a failed machine
     2     a mistake in config, data, files or layout: one sentence on stderr
     130   Ctrl-C
+    141   whoever read the output has gone, as `head` does
 
 A mistake is a ValueError (ConfigError included) that a `raise` statement of this package raised, or a file that cannot
 be read or written. A ValueError out of torch, transformers or megatron is a bug of ours: its text would help no user.
@@ -13,6 +14,7 @@ be read or written. A ValueError out of torch, transformers or megatron is a bug
 import dis
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -35,16 +37,30 @@ def run(body: Callable[[], int], *, debug: bool = False) -> int:
     """Call `body` and return its exit status; an error meant for the user becomes one sentence and status 1 or 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bar over loaded weights obeys it too
     try:
-        return body()
+        status = body()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 141
         status = exit_status(error)
         if debug or status is None:
             raise
         tell(error)
         return status
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe without a reader; if so what is left of the output is dropped in silence."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def exit_status(error: Exception) -> int | None:

@@ -86,3 +86,11 @@ def test_rank_1_speaks_only_if_it_outlives_rank_0():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error on rank 1: cannot read the config file missing.yaml")
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "from megatron_srft import errors; raise SystemExit(errors.run(lambda: print('line ' * 99999) or 0))"
+    command = f'{sys.executable} -c "{code}" | head -c 9; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("141\n")
+    assert done.stderr == ""
