@@ -103,11 +103,33 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             keys=("ratio/mean", "ratio/max", "ratio/demonstrations", "ratio_demonstrations/max"),
         ),
         PanelPlan(
+            title="Distance from the reference policy",
+            unit="nats per token",
+            keys=("kl/reference_k1", "kl/reference_k3"),
+            note="Two estimates of the divergence from the policy that kl holds this one near.",
+        ),
+        PanelPlan(
             title="Distance from the sampling policy",
             unit="nats per token",
             keys=("kl/",),
             note="Two estimates of the same KL divergence; k3 is never negative.",
         ),
+    ),
+    "Critic": (
+        PanelPlan(
+            title="Values and returns",
+            unit="reward",
+            keys=("value/mean", "value/return"),
+            note="Means over the tokens of the step's rollouts; values from before the step.",
+        ),
+        PanelPlan(
+            title="Explained variance",
+            unit="share of variance",
+            keys=("value/explained_variance",),
+            note="1: the values are the returns. 0: no better than a constant.",
+        ),
+        PanelPlan(title="Loss of the critic", unit="loss", keys=("value/loss",)),
+        PanelPlan(title="Clipped values", unit="share of tokens", keys=("value/clip_fraction",)),
     ),
     "Trainer against rollout engine": (
         PanelPlan(
@@ -127,8 +149,8 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
         PanelPlan(title="Parity gate: importance ratio", unit="ratio", keys=("parity/",)),
     ),
     "Optimizer": (
-        PanelPlan(title="Gradient norm", unit="norm before clipping", keys=("grad_norm",)),
-        PanelPlan(title="Learning rate", unit="learning rate", keys=("lr",), kind="exact"),
+        PanelPlan(title="Gradient norm", unit="norm before clipping", keys=("grad_norm", "value/grad_norm")),
+        PanelPlan(title="Learning rate", unit="learning rate", keys=("lr", "value/lr"), kind="exact"),
     ),
     "Time": (
         PanelPlan(title="Seconds per stage", unit="seconds", keys=("time/",), kind="stacked"),
