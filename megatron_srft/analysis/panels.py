@@ -81,6 +81,20 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             note="Response tokens, unweighted.",
         ),
     ),
+    "Preference pairs": (
+        PanelPlan(
+            title="Rewards of chosen and rejected answers",
+            unit="beta times log-ratio",
+            keys=("dpo/chosen_reward", "dpo/rejected_reward", "dpo/margin"),
+            note="Against the policy that the stage began with.",
+        ),
+        PanelPlan(title="Pairs in the right order", unit="share of pairs", keys=("dpo/accuracy",)),
+        PanelPlan(
+            title="Log-prob of chosen and rejected answers",
+            unit="nats per answer",
+            keys=("dpo/chosen_logprob", "dpo/rejected_logprob"),
+        ),
+    ),
     "Length": (
         PanelPlan(
             title="Response length",

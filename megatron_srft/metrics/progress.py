@@ -21,6 +21,8 @@ def cells(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
         ("reward", "reward/mean", ".3f"),
         ("accuracy", "accuracy", ".1%"),
         ("loss", "loss", ".4f"),
+        ("margin", "dpo/margin", ".3f"),
+        ("in order", "dpo/accuracy", ".1%"),
         ("length", "response_length/mean", ".1f"),
         ("tokens/s", "tokens/s", ",.0f"),
     ]
