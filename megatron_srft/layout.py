@@ -205,7 +205,9 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
     numbers = parameters_on(config, model, stage, padded_vocab)
     shards = data_ranks if config.parallel.distributed_optimizer else 1
     trained = BYTES[dtype] + GRADIENT_BYTES + MASTER_AND_MOMENT_BYTES[dtype] / shards
-    tokens = max(config.batch.tokens_per_microbatch, config.data.max_prompt_tokens + longest_response(config))
+    together = 2 if config.uses_preferences else 1
+    longest = together * (config.data.max_prompt_tokens + longest_response(config))
+    tokens = max(config.batch.tokens_per_microbatch, longest)
     return Memory(
         parameters=numbers * BYTES[dtype],
         gradients=numbers * GRADIENT_BYTES,

@@ -136,6 +136,19 @@ def test_batch_arithmetic_by_hand():
     assert got.microbatches_per_update == (1, 36)
 
 
+def test_the_two_answers_of_a_pair_share_a_micro_batch():
+    config = run(
+        objective={"kind": "dpo"},
+        batch={"prompts_per_step": 12, "tokens_per_microbatch": 100},
+        data={"max_prompt_tokens": 10, "max_demonstration_tokens": 20},
+        rollout={"kind": "local", "max_response_tokens": 5},
+    )
+    got = layout.batch_arithmetic(config, data_ranks=5, prompt_tokens=9.0)
+    assert (got.pairs, got.demonstrations, got.rollouts, got.sequences_per_update) == (12, 0, 0, 24)
+    # Three pairs a rank: 60 tokens at least; at most 60 tokens each, so that no two fit together.
+    assert got.microbatches_per_update == (1, 3)
+
+
 def test_interleaved_schedules_need_a_multiple_of_the_stages():
     config = run(
         parallel={"pipeline": 4, "virtual_pipeline": 2},
