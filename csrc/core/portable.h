@@ -34,24 +34,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-SRFT_HD float float_of_bits(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
+// Numbers, or vectors of them, as what has the same bits.
+template <typename From, typename To>
+SRFT_HD void copy_bits(const From& from, To& to) {
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
 }
 
-SRFT_HD uint32_t bits_of_float(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
+SRFT_HD float float_of_bits(uint32_t bits) {
+  float value;
+  copy_bits(bits, value);
+  return value;
 }
 
 // 16-bit numbers, in the low half of Bits, to floats and back by integer operations, rounding to nearest
@@ -60,13 +53,13 @@ SRFT_HD uint32_t bits_of_float(float value) {
 template <typename Number, typename Bits>
 SRFT_HD void widen(BFloat16, const Bits& narrow, Number& wide) {
   const Bits bits = narrow << 16;
-  std::memcpy(&wide, &bits, sizeof wide);
+  copy_bits(bits, wide);
 }
 
 template <typename Number, typename Bits>
 SRFT_HD void narrow(BFloat16, const Number& wide, Bits& result) {
   Bits bits;
-  std::memcpy(&bits, &wide, sizeof bits);
+  copy_bits(wide, bits);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   result = wide == wide ? rounded : (bits >> 16) | 0x40u;  // NaN must not round to infinity
 }
@@ -77,26 +70,26 @@ SRFT_HD void widen(Float16, const Bits& narrow, Number& wide) {
   // product, which is right for subnormal numbers too. Half's largest exponent stands for inf and NaN, as
   // float's does.
   const Bits magnitude = (narrow & 0x7fffu) << 13;
-  std::memcpy(&wide, &magnitude, sizeof wide);
+  copy_bits(magnitude, wide);
   wide = wide * 0x1p112f;
   Bits bits;
-  std::memcpy(&bits, &wide, sizeof bits);
+  copy_bits(wide, bits);
   bits = (wide < 65536.0f ? bits : bits | 0x7f800000u) | ((narrow & 0x8000u) << 16);
-  std::memcpy(&wide, &bits, sizeof wide);
+  copy_bits(bits, wide);
 }
 
 template <typename Number, typename Bits>
 SRFT_HD void narrow(Float16, const Number& wide, Bits& result) {
   Bits bits;
-  std::memcpy(&bits, &wide, sizeof bits);
+  copy_bits(wide, bits);
   const Bits sign = (bits >> 16) & 0x8000u;
   bits = bits & 0x7fffffffu;
   Number magnitude;
-  std::memcpy(&magnitude, &bits, sizeof magnitude);
+  copy_bits(bits, magnitude);
   const Number shifted =
       magnitude + 0.5f;  // 0.5's last bit is worth half's smallest number: this rounds to those
   Bits subnormal;
-  std::memcpy(&subnormal, &shifted, sizeof subnormal);
+  copy_bits(shifted, subnormal);
   const Bits normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
   result = magnitude < 0x1p-14f ? subnormal - 0x3f000000u : normal;
   result = magnitude < 65536.0f ? result : (bits & 0u) + 0x7c00u;  // 65520 to 65536 have been rounded to this
@@ -171,10 +164,10 @@ SRFT_HD void exponential_polynomial(const Number& x, Number& result) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   Bits power;
-  std::memcpy(&power, &shifted, sizeof power);
+  copy_bits(shifted, power);
   power <<= 23;
   Number scale;
-  std::memcpy(&scale, &power, sizeof scale);
+  copy_bits(power, scale);
   result = p * scale;
 }
 

@@ -4,19 +4,10 @@ import pytest
 import torch
 from clipped_ratio_cases import CASES, batch, call, expected, replaced, terms_of
 
-from megatron_srft.ops.implementations import IMPLEMENTATIONS, reason_against
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if reason := reason_against(request.param, "cuda"):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 def on_gpu(rows: dict) -> dict:

@@ -5,16 +5,8 @@ import torch
 from pooling_cases import DTYPES, ROUNDING, Problem, assert_near, gradients, problem, stacked
 
 from megatron_srft.ops.gated_pooling import gated_mean, gated_projection
-from megatron_srft.ops.implementations import reason_against
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(params=["reference", "native", "triton"])
-def implementation(request):
-    if reason := reason_against(request.param, "cuda"):
-        pytest.skip(reason)
-    return request.param
 
 
 def on_gpu(tensor: torch.Tensor) -> torch.Tensor:

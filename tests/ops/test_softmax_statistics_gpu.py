@@ -5,19 +5,12 @@ import torch
 from softmax_cases import CASES, case, check_gradient, check_statistics, coefficients, make
 
 import megatron_srft.ops.softmax_statistics  # noqa: F401  declares the ops
-from megatron_srft.ops.implementations import IMPLEMENTATIONS, kernel, reason_against
+from megatron_srft.ops.implementations import kernel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if reason := reason_against(request.param, "cuda"):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 def statistics(implementation, problem):

@@ -87,7 +87,7 @@ def test_a_failure_is_no_verdict_and_counted(endpoint, actions, state, expected)
     assert (score.correct, score.status, score.reward) == (None, state, -3.0)
     assert counts == {"scored": 1, state: 1, **expected}
     assert len(endpoint.asked) == 1 + expected.get("judge/retries", 0)
-    assert time.monotonic() - start < 3 * 0.4 + 1.5
+    assert time.monotonic() - start < 4.4  # 1.2 s on an idle machine; waiting out the shortest of them takes 4.5 s
 
 
 def test_a_body_cut_short_is_not_believed(endpoint):

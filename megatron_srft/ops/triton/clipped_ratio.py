@@ -4,6 +4,8 @@ What the losses are stands in ops/token_losses.py, what the op returns in ops/cl
 of `_token_loss`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,25 +28,13 @@ ROLLOUTS, DEMONSTRATIONS = (tl.constexpr(token_losses.ROWS[name]) for name in to
 PER_LENGTH, CORRECTED = tl.constexpr(token_losses.PER_LENGTH), tl.constexpr(token_losses.CORRECTED)
 ADVANTAGES, WEIGHTS = tl.constexpr(token_losses.ADVANTAGES), tl.constexpr(token_losses.WEIGHTS)
 POPULATION_FIGURES, SUMS = tl.constexpr(len(token_figures.POPULATION_FIGURES)), tl.constexpr(token_figures.SUMS)
-TERM_FIGURES = tl.constexpr(len(token_figures.TERM_FIGURES))
+FIRST_TERM, TERM_FIGURES = tl.constexpr(token_figures.FIRST_TERM), tl.constexpr(len(token_figures.TERM_FIGURES))
 
 
-def clipped_ratio(
-    logprobs: Tensor,
-    entropy: Tensor,
-    is_demonstration: Tensor,
-    response_lengths: Tensor,
-    engine_logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    advantages: Tensor | None,
-    weights: Tensor | None,
-    losses: list[int],
-    rows: list[int],
-    parameters: list[float],
-    tokens: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradients, figures), see `ops.clipped_ratio`."""
+def clipped_ratio(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradients, figures); takes and returns what `ops.clipped_ratio.reference` does."""
+    logprobs, entropy, is_demonstration, response_lengths, engine_logprobs, old_logprobs, *rest = arguments
+    importance_weights, advantages, weights, losses, rows, parameters, tokens = rest
     count, terms = logprobs.shape[0], len(losses)
     blocks = triton.cdiv(count, BLOCK)
     figures = logprobs.new_empty(token_figures.FIRST_TERM + len(token_figures.TERM_FIGURES) * terms)
@@ -88,104 +78,113 @@ def clipped_ratio(
 
 @triton.jit(do_not_specialize=("advantages_stride", "weights_stride", "count", "blocks"))
 def rows_kernel(
-    logprobs,
-    entropy,
-    is_demonstration,
-    response_lengths,
-    engine_logprobs,
-    old_logprobs,
-    importance_weights,
-    advantages,
-    advantages_stride,
-    weights,
-    weights_stride,
-    parameters,
-    weight_shares,
-    rollout_share,
-    demonstration_share,
-    gradients,
-    partial,
-    count,
-    blocks,
-    LOSSES: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTROPY_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logprobs, entropy, is_demonstration, response_lengths, engine_logprobs, old_logprobs, importance_weights,
+    advantages, advantages_stride, weights, weights_stride, parameters, weight_shares, rollout_share,
+    demonstration_share, gradients, partial, count, blocks,
+    LOSSES: tl.constexpr, ROWS: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK + tl.arange(0, BLOCK)
     exists = row < count
-    demonstration = tl.load(is_demonstration + row, mask=exists, other=0) != 0
+    demonstration = exists & (tl.load(is_demonstration + row, mask=exists, other=0) != 0)
     rollout = exists & (demonstration == 0)
     logprob = tl.load(logprobs + row, mask=exists, other=0.0)
     h = tl.load(entropy + row, mask=exists, other=0.0)
-    old = logprob
-    if old_logprobs is not None:
-        old = tl.load(old_logprobs + row, mask=exists, other=0.0)
+    old = logprob if old_logprobs is None else tl.load(old_logprobs + row, mask=exists, other=0.0)
     engine = tl.load(engine_logprobs + row, mask=exists, other=0.0)
-    log_ratio, ratio, slope = _clamped_exp(logprob - old)
-    gap, engine_ratio, _ = _clamped_exp(tl.where(rollout, old - engine, 0.0))
-    corrected = tl.zeros((BLOCK,), tl.float32)
-    if importance_weights is not None:
-        importance = tl.load(importance_weights + row, mask=exists, other=1.0)
-        corrected = tl.where(tl.abs(importance - engine_ratio) > ROUNDING * engine_ratio, 1.0, 0.0)
+    policy = _clamped_exp(logprob - old)
+    behaviour = _clamped_exp(tl.where(rollout, old - engine, 0.0))
+    importance = None if importance_weights is None else tl.load(importance_weights + row, mask=exists, other=1.0)
 
     out = partial + block
     by_logprob = tl.zeros((BLOCK,), tl.float32)
-    by_entropy = tl.zeros((BLOCK,), tl.float32)
-    low = tl.zeros((BLOCK,), tl.float32)
-    high = tl.zeros((BLOCK,), tl.float32)
+    by_entropy, low, high = by_logprob, by_logprob, by_logprob
     for index in tl.static_range(len(LOSSES)):
-        advantage = tl.full((BLOCK,), 1.0, tl.float32)
-        if ADVANTAGES & ROWS[index]:
-            advantage = tl.load(advantages + index * advantages_stride + row, mask=exists, other=1.0)
-        weight = tl.full((BLOCK,), 1.0, tl.float32)
-        if WEIGHTS & ROWS[index]:
-            weight = tl.load(weights + index * weights_stride + row, mask=exists, other=1.0)
-        factor = parameters[5 * index] * weight
-        if PER_LENGTH & ROWS[index]:
-            factor = factor / tl.load(response_lengths + row, mask=exists, other=1.0)
-        if CORRECTED & ROWS[index]:
-            if importance_weights is not None:
-                factor = factor * importance
-        value, logprob_slope, entropy_slope, raised, lowered = _token_loss(
-            LOSSES[index], logprob, h, ratio, slope, advantage,
+        advantage = _given(ADVANTAGES & ROWS[index], advantages, index * advantages_stride + row, exists)
+        weight = _given(WEIGHTS & ROWS[index], weights, index * weights_stride + row, exists)
+        factor = _factor(ROWS[index], parameters[5 * index] * weight, response_lengths, row, exists, importance)
+        loss = _token_loss(
+            LOSSES[index], logprob, h, policy[1], policy[2], advantage,
             parameters[5 * index + 1], parameters[5 * index + 2], parameters[5 * index + 3], parameters[5 * index + 4],
         )  # fmt: skip
-        kind = 2 * demonstration.to(tl.int32) + tl.where(advantage > 0, 0, 1)
-        chosen = exists & (((ROWS[index] >> kind) & 1) != 0)
-        by_logprob += tl.where(chosen, factor * logprob_slope, 0.0)
-        by_entropy += tl.where(chosen, factor * entropy_slope, 0.0)
-        low += tl.where(chosen, raised, 0.0)
-        high += tl.where(chosen, lowered, 0.0)
-        counted = (rollout & ((ROLLOUTS & ROWS[index]) != 0)) | (
-            exists & demonstration & ((DEMONSTRATIONS & ROWS[index]) != 0)
-        )
-        figure = 2 * POPULATION_FIGURES + index * TERM_FIGURES
-        _add(out, figure, blocks, value * factor, chosen, 1.0)
-        _add(out, figure + 1, blocks, weight, counted, weight_shares[index])
-        _add_largest(out, figure + 2, blocks, weight, counted)
+        chosen = _chosen(ROWS[index], exists, demonstration, advantage)
+        by_logprob += tl.where(chosen, factor * loss[1], 0.0)
+        by_entropy += tl.where(chosen, factor * loss[2], 0.0)
+        low += tl.where(chosen, loss[3], 0.0)
+        high += tl.where(chosen, loss[4], 0.0)
+        _add(out, FIRST_TERM + index * TERM_FIGURES, blocks, loss[0] * factor, chosen, 1.0)
+        counted = _counted(ROWS[index], rollout, demonstration)
+        _add(out, FIRST_TERM + index * TERM_FIGURES + 1, blocks, weight, counted, weight_shares[index])
+        _add_largest(out, FIRST_TERM + index * TERM_FIGURES + 2, blocks, weight, counted)
 
-    for population in tl.static_range(2):
-        counts = rollout if population == 0 else exists & demonstration
-        share = rollout_share if population == 0 else demonstration_share
-        figure = population * POPULATION_FIGURES
-        _add(out, figure, blocks, -logprob, counts, share)
-        _add(out, figure + 1, blocks, h, counts, share)
-        _add(out, figure + 2, blocks, ratio, counts, share)
-        _add(out, figure + 3, blocks, -log_ratio, counts, share)
-        _add(out, figure + 4, blocks, ratio - 1.0 - log_ratio, counts, share)
-        _add(out, figure + 5, blocks, low, counts, share)
-        _add(out, figure + 6, blocks, high, counts, share)
-        _add(out, figure + 7, blocks, tl.abs(gap), counts, share)
-        _add(out, figure + 8, blocks, engine_ratio - 1.0 - gap, counts, share)
-        _add(out, figure + 9, blocks, corrected, counts, share)
-        _add_largest(out, figure + 10, blocks, ratio, counts)
-        _add_largest(out, figure + 11, blocks, tl.abs(gap), counts)
-
+    corrected = _corrected(importance, behaviour[1])
+    values = (logprob, h, policy, low, high, behaviour, corrected)
+    _add_population(0, out, blocks, rollout, rollout_share, values)
+    _add_population(1, out, blocks, demonstration, demonstration_share, values)
     tl.store(gradients + row, by_logprob, mask=exists)
     if ENTROPY_GRADIENT:
         tl.store(gradients + count.to(tl.int64) + row, by_entropy, mask=exists)
+
+
+@triton.jit
+def _given(GIVEN: tl.constexpr, values, place, exists):
+    """A term's advantages or weights; 1 if it has none."""
+    if GIVEN:
+        return tl.load(values + place, mask=exists, other=1.0)
+    else:
+        return tl.full(place.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _factor(ROWS: tl.constexpr, factor, response_lengths, row, exists, importance):
+    """What a term's rows are multiplied by, from the scale times the weight."""
+    if PER_LENGTH & ROWS:
+        factor = factor / tl.load(response_lengths + row, mask=exists, other=1.0)
+    if CORRECTED & ROWS:
+        if importance is not None:
+            factor = factor * importance
+    return factor
+
+
+@triton.jit
+def _chosen(ROWS: tl.constexpr, exists, demonstration, advantage):
+    """Whether a term sums a row."""
+    kind = 2 * demonstration.to(tl.int32) + tl.where(advantage > 0, 0, 1)
+    return exists & (((ROWS >> kind) & 1) != 0)
+
+
+@triton.jit
+def _counted(ROWS: tl.constexpr, rollout, demonstration):
+    """Whether a row is of a term's populations."""
+    return (rollout & ((ROLLOUTS & ROWS) != 0)) | (demonstration & ((DEMONSTRATIONS & ROWS) != 0))
+
+
+@triton.jit
+def _corrected(importance, engine_ratio):
+    """1 where the importance weight is not the ratio that it came from."""
+    if importance is None:
+        return tl.zeros_like(engine_ratio)
+    else:
+        return tl.where(tl.abs(importance - engine_ratio) > ROUNDING * engine_ratio, 1.0, 0.0)
+
+
+@triton.jit
+def _add_population(POPULATION: tl.constexpr, out, blocks, counts, share, values):
+    """A population's figures, in the order of token_figures.POPULATION_FIGURES."""
+    logprob, entropy, policy, low, high, behaviour, corrected = values
+    figure = POPULATION * POPULATION_FIGURES
+    _add(out, figure, blocks, -logprob, counts, share)
+    _add(out, figure + 1, blocks, entropy, counts, share)
+    _add(out, figure + 2, blocks, policy[1], counts, share)
+    _add(out, figure + 3, blocks, -policy[0], counts, share)
+    _add(out, figure + 4, blocks, policy[1] - 1.0 - policy[0], counts, share)
+    _add(out, figure + 5, blocks, low, counts, share)
+    _add(out, figure + 6, blocks, high, counts, share)
+    _add(out, figure + 7, blocks, tl.abs(behaviour[0]), counts, share)
+    _add(out, figure + 8, blocks, behaviour[1] - 1.0 - behaviour[0], counts, share)
+    _add(out, figure + 9, blocks, corrected, counts, share)
+    _add_largest(out, figure + 10, blocks, policy[1], counts)
+    _add_largest(out, figure + 11, blocks, tl.abs(behaviour[0]), counts)
 
 
 @triton.jit
@@ -261,7 +260,7 @@ def total_kernel(partial, figures, blocks, BLOCK: tl.constexpr):
         values = tl.load(partial + figure.to(tl.int64) * blocks + block, mask=block < blocks, other=0.0)
         total += values.to(tl.float64)
         largest = tl.where((values > largest) | (values != values), values, largest)
-    after = figure - 2 * POPULATION_FIGURES
+    after = figure - FIRST_TERM
     is_largest = ((after < 0) & (figure % POPULATION_FIGURES >= SUMS)) | ((after >= 0) & (after % TERM_FIGURES == 2))
     if is_largest:
         tl.store(figures + figure, _with_nan(largest, tl.max(largest)))

@@ -142,20 +142,11 @@ def _vector(states: Tensor, others: Tensor) -> int:
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def projection_kernel(
-    accumulated,
-    hidden,
-    weight,
-    result,
-    row_vectors,
-    rows,
-    width_vectors,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    accumulated, hidden, weight, result, row_vectors, rows, width_vectors,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     width = width_vectors * VECTOR
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
+    row, exists = _own_rows(rows, ROWS)
     hidden += row[:, None] * (row_vectors * VECTOR)
     gate = tl.zeros((ROWS, BLOCK), tl.float32)
     reward = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -173,17 +164,9 @@ def projection_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def weight_gradient_kernel(
-    gradient,
-    hidden,
-    partial,
-    row_vectors,
-    rows,
-    width_vectors,
-    chunk_rows,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    gradient, hidden, partial, row_vectors, rows, width_vectors, chunk_rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     width = width_vectors * VECTOR
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -204,19 +187,11 @@ def weight_gradient_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def hidden_gradient_kernel(
-    gradient,
-    weight,
-    result,
-    rows,
-    width_vectors,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    gradient, weight, result, rows, width_vectors, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
     width = width_vectors * VECTOR
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, exists = _own_rows(rows, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < rows
     inside = column < width
     gate = tl.load(gradient + 2 * row, mask=exists, other=0.0)[:, None]
     reward = tl.load(gradient + 2 * row + 1, mask=exists, other=0.0)[:, None]
@@ -265,6 +240,13 @@ def sums_gradient_kernel(
     of_weighted = tl.load(sums_gradient + 2 * owner + 1, mask=inside, other=0.0)
     tl.store(result + 2 * row, (of_gate_sum + of_weighted * reward) * slope, mask=inside)
     tl.store(result + 2 * row + 1, of_weighted * gate, mask=inside)
+
+
+@triton.jit
+def _own_rows(rows, ROWS: tl.constexpr):
+    """The rows of this program, and which of them there are."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, row < rows
 
 
 @triton.jit
