@@ -48,6 +48,15 @@ class Router:
         }
         return [s for s in sequences if not s.is_demonstration], metrics
 
+    def remark(self, stage_step: int, steps: int) -> str | None:
+        """A sentence after the last of a stage's steps, if prompts are left over."""
+        if not self.waiting or stage_step + 1 < steps:
+            return None
+        return (
+            f"{len(self.waiting)} prompts without a right answer were still waiting, and their demonstrations have not "
+            f"been learned from; a lower objective.buffer_size ({self.objective.buffer_size}) leaves fewer"
+        )
+
     # ------------------------------------------------------------ checkpoints
 
     def arrays(self) -> dict[str, np.ndarray]:

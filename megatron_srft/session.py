@@ -222,9 +222,10 @@ class Session:
             every = self.config.rollout.dump_every
             if every and self.stage.samples_rollouts and self.step % every == 0:
                 dump(groups, self.folder / "rollouts" / f"step-{self.step:06d}.jsonl.zst")
-        remark = self.old_policy.watch(self.stage_step, metrics)
-        if remark is not None and is_main():
-            log.warning("stage %s: %s", self.stage.name, remark)
+        left = self.router.remark(self.stage_step, self.config.steps)
+        for remark in filter(None, (self.old_policy.watch(self.stage_step, metrics), left)):
+            if is_main():
+                log.warning("stage %s: %s", self.stage.name, remark)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         if _due(self.step, self.config.evaluation.every) and self.step < self.total_steps:
             self._evaluate()

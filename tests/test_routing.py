@@ -74,6 +74,8 @@ def test_unsolved_prompts_wait_in_order_until_they_are_enough():
     assert metrics["relift/waiting"] == 4
     assert again.take() == ["unsolved", "failed", "unsolved"]
     assert again.take() == [] and again.waiting == ["unsolved"]
+    assert again.remark(4, steps=6) is None
+    assert again.remark(5, steps=6).startswith("1 prompts without a right answer were still waiting")
 
 
 def test_other_objectives_learn_from_everything():
