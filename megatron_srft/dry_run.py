@@ -13,6 +13,7 @@ from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import load_tokenizer
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
 from megatron_srft.trainer.conversion import read_hf_config
+from megatron_srft.trainer.critic import check_folder
 from megatron_srft.trainer.old_policy import remarks
 from megatron_srft.trainer.parallel import check_world_size
 from megatron_srft.weights.architecture import Architecture, read_architecture
@@ -39,6 +40,7 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     stages = config.stage_configs()
     for _, stage in stages:
         transformer_config(model, stage)
+        check_folder(stage, model)
     print_model(config, model)
     print_ranks(config, model, world_size)
     tokenizer = load_tokenizer(config.model)

@@ -34,6 +34,7 @@ from megatron_srft.saves import Saves
 from megatron_srft.stages import Stage, stage_of, stages_of
 from megatron_srft.trainer import parallel
 from megatron_srft.trainer.conversion import read_hf_config
+from megatron_srft.trainer.critic import check_folder
 from megatron_srft.trainer.manifest import Progress
 from megatron_srft.trainer.old_policy import OldPolicy, remarks
 from megatron_srft.trainer.step import SequenceStats
@@ -70,8 +71,10 @@ class Session:
 
         self.tokenizer = load_tokenizer(self.config.model)
         hf_config = read_hf_config(self.config.model.path, self.config.model.trust_remote_code)
-        self.vocab_size = read_architecture(hf_config).vocab_size
+        architecture = read_architecture(hf_config)
+        self.vocab_size = architecture.vocab_size
         for later in self.stages[self.stage.number + 1 :]:  # its mistakes too are told before anything is trained
+            check_folder(later.config, architecture)
             self._read_data(later.config)
             if later.config.rewards != self.config.rewards:
                 _tested_scorer(later.config).close()

@@ -6,6 +6,7 @@ The head starts from zero, and so do all values. Every tensor-parallel rank has 
 loss, so the gradient of the hidden states is complete on each of them and is not added up.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,16 @@ from megatron_srft.trainer.conversion import parameters, read_hf_config
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, wrap
 from megatron_srft.trainer.step import accumulate, measure, per_sequence
+from megatron_srft.weights.architecture import Architecture, read_architecture
 from megatron_srft.weights.folder import HfFolder
 from megatron_srft.weights.streaming import check_names, load_hf
 
 HEAD = "output_layer.weight"
 """The value head stands where the policy has its LM head: Megatron's checkpoint code asks for that name."""
+
+
+SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+"""Fields of Architecture in which critic and policy agree."""
 
 
 class ValueModel(PolicyModel):
@@ -43,12 +49,15 @@ class Critic:
     def __init__(self, config: RunConfig, policy: list[PolicyModel], groups: ProcessGroups):
         self.groups, self.config = groups, config
         settings: CriticConfig = config.critic
+        check_folder(config, policy[0].architecture)
         folder = settings.path or config.model.path
         chunks = build_model(read_hf_config(folder, config.model.trust_remote_code), config, groups, ValueModel)
         if settings.path is None:
             _copy(policy, chunks)
         else:
-            _load(chunks, policy[0], HfFolder(folder), groups)
+            trunk = (parameter for parameter in parameters(chunks) if parameter.name != HEAD)
+            architecture = chunks[0].architecture
+            load_hf(trunk, HfFolder(folder).tensor, architecture, rank(groups.tensor), size(groups.tensor))
         self.chunks = wrap(chunks, config.parallel)
         self.optimizer = build_optimizer(self.chunks, settings.optimizer, config.parallel)
 
@@ -98,15 +107,23 @@ def _copy(policy: list[PolicyModel], chunks: list[ValueModel]) -> None:
                     parameter.copy_(weights[name])
 
 
-def _load(chunks: list[ValueModel], policy: PolicyModel, folder: HfFolder, groups: ProcessGroups) -> None:
-    architecture = chunks[0].architecture
-    sizes = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    other = next((n for n in sizes if getattr(architecture, n) != getattr(policy.architecture, n)), None)
+def check_folder(config: RunConfig, policy: Architecture) -> None:
+    """Look at critic.path before anything is built.
+
+    Raises:
+        ConfigError, ValueError: it is no model, or none of the policy's sizes.
+    """
+    path = config.critic.path
+    if not config.uses_critic or path is None:
+        return
+    if not Path(path).is_dir():
+        raise ConfigError(f"critic.path: {path} is not a folder; name a Hugging Face folder, or null for the policy")
+    folder = HfFolder(path)
+    found = read_architecture(read_hf_config(path, config.model.trust_remote_code))
+    other = next((name for name in SIZES if getattr(found, name) != getattr(policy, name)), None)
     if other is not None:
         raise ConfigError(
-            f"critic.path {folder.path} has {other} {getattr(architecture, other)}, and model.path has "
-            f"{getattr(policy.architecture, other)}; name a model of the policy's sizes"
+            f"critic.path {path} has {other} {getattr(found, other)}, and model.path has {getattr(policy, other)}; "
+            "name a model of the policy's sizes"
         )
-    check_names(folder.shapes(), architecture, str(folder.path))
-    trunk = (parameter for parameter in parameters(chunks) if parameter.name != HEAD)
-    load_hf(trunk, folder.tensor, architecture, rank(groups.tensor), size(groups.tensor))
+    check_names(folder.shapes(), found, str(folder.path))

@@ -9,7 +9,7 @@ from tiny_models import make_tokenizer
 
 from megatron_srft.config import ModelConfig, SamplingConfig
 from megatron_srft.rollout import collect, load_local_engine
-from megatron_srft.rollout.collect import share
+from megatron_srft.rollout.collect import first_samples, share
 from megatron_srft.sample import Demonstration, Score
 
 SAMPLING = SamplingConfig(max_response_tokens=10)
@@ -76,6 +76,11 @@ def test_every_prompt_has_one_rank_and_long_ones_are_spread(monkeypatch, prompts
     if ranks <= 3:
         tokens = [sum(len(prompts[i].token_ids) for i in own) for own in shares]
         assert max(tokens) - min(tokens) <= 4
+
+
+def test_a_prompt_that_an_earlier_draw_of_the_step_had_gets_further_samples(prompts):
+    once, twice, fresh = prompts[:3]
+    assert first_samples([once, fresh, twice, once], 4, sampled=[twice, once, twice]) == [4, 0, 8, 8]
 
 
 def test_a_prompt_that_stands_twice_in_a_step_gets_other_completions(folders, prompts):

@@ -127,7 +127,10 @@ def test_values_loss_and_gradients_match_hugging_face(tmp_path, world_size):
 
 
 def starts(folder: str, other: str, larger: str) -> tuple[list[dict], str]:
-    """The critic's trunk, started from the policy of model.path and from another folder; what a third one is told."""
+    """The critic's trunk, started from the policy of model.path and from another folder; what a third one is told.
+
+    A later stage starts it from the policy as it then is: here the second trainer's, with every weight doubled.
+    """
     from megatron.core import parallel_state
 
     from megatron_srft.trainer import parallel
@@ -141,7 +144,15 @@ def starts(folder: str, other: str, larger: str) -> tuple[list[dict], str]:
         trainer = Trainer(config, parallel.start(config.parallel, seed=1))
         trunk = export_hf(parameters(trainer.critic.models), trainer.models[0].architecture, trainer.groups)
         found.append({name: tensor.numpy().copy() for name, tensor in trunk})
-        parallel_state.destroy_model_parallel()
+        if path is None:
+            parallel_state.destroy_model_parallel()
+    for trained in trainer.models:
+        for parameter in trained.parameters():
+            parameter.detach().mul_(2)
+    trainer.begin_stage(run_config(folder, {"tensor": 2}, 100), 10)
+    trunk = export_hf(parameters(trainer.critic.models), trainer.models[0].architecture, trainer.groups)
+    found.append({name: tensor.numpy() / 2 for name, tensor in trunk})
+    parallel_state.destroy_model_parallel()
     config = run_config(folder, {"tensor": 2}, 100, critic={"path": larger})
     with pytest.raises(ConfigError) as refused:
         Trainer(config, parallel.start(config.parallel, seed=1))
@@ -158,7 +169,7 @@ def test_the_trunk_starts_from_the_policy_or_from_a_folder_of_its_sizes(tmp_path
         for seed, n in ((0, 2), (1, 2), (2, 4))
     ]
     for of_rank, message in spawn(2, starts, *map(str, folders)):
-        for folder, found in zip(folders, of_rank, strict=False):
+        for folder, found in zip([folders[0], folders[1], folders[0]], of_rank, strict=True):
             expected = load_file(folder / "model.safetensors")
             assert set(found) == set(expected)
             for name, tensor in expected.items():
@@ -166,3 +177,19 @@ def test_the_trunk_starts_from_the_policy_or_from_a_folder_of_its_sizes(tmp_path
         assert message == (
             f"critic.path {folders[2]} has num_layers 4, and model.path has 2; name a model of the policy's sizes"
         )
+
+
+def test_a_missing_folder_is_told_by_the_key(tmp_path):
+    from megatron_srft.trainer.critic import check_folder
+    from megatron_srft.weights.architecture import read_architecture
+    from megatron_srft.weights.folder import read_config
+
+    folder = make_model("qwen2", tmp_path / "model", vocab=VOCAB, tokenizer=False, num_hidden_layers=2)
+    architecture = read_architecture(read_config(folder))
+    nowhere = run_config(str(folder), {}, 100, critic={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError, match="critic.path: .*nowhere is not a folder"):
+        check_folder(nowhere, architecture)
+    check_folder(run_config(str(folder), {}, 100, critic={"path": str(folder)}), architecture)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        check_folder(run_config(str(folder), {}, 100, critic={"path": str(folder)}), architecture)
