@@ -11,11 +11,12 @@ import yaml
 
 from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require, section
-from megatron_srft.config.critic import CriticConfig, check_critic
+from megatron_srft.config.checks import check_run, check_stage
+from megatron_srft.config.critic import CriticConfig
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
-from megatron_srft.config.rewards import REWARDS, VERIFIERS, RewardConfig, with_limit
+from megatron_srft.config.rewards import REWARDS, RewardConfig, with_limit
 from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig
 from megatron_srft.config.setup import (
     BatchConfig,
@@ -76,73 +77,9 @@ class RunConfig:
     """Native megatron-core TransformerConfig fields under their own names; checked where megatron is imported."""
 
     def __post_init__(self):
-        plain = bool(self.name) and self.name not in (".", "..") and not set(self.name) & set("/\0")
-        require(plain, f"name must be the name of one folder, not {self.name!r}; run_dir says where that folder goes")
-        require(self.steps >= 0, "steps must not be negative")
-        require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {self.seed}")
-        require(
-            not self.samples_rollouts or any(reward.kind in VERIFIERS for reward in self.rewards),
-            "rewards has no verifier, so no answer could be right; add an item of kind math, exact or judge",
-        )
-        require(
-            all(reward.kind != "cosine" for reward in self.rewards) or any(r.kind in VERIFIERS for r in self.rewards),
-            "rewards: a cosine reward asks a verifier for the verdict; add an item of kind math, exact or judge",
-        )
-        require(
-            self.rollout.kind != "replay" or not self.evaluation.files,
-            "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
-        )
-        require(
-            not self.samples_rollouts or self.rollout.temperature > 0,
-            "rollout.temperature must be above 0 for training (0 is greedy and has no log-probs to learn from)",
-        )
+        check_run(self)
         if not self.stages:
-            self._check_old_policy(self.objective)
-            self._check_kl()
-            self._check_dynamic_sampling()
-            require(
-                self.objective.kind not in ("hpt", "relift") or self.batch.rollouts_per_prompt > 1,
-                f"objective {self.objective.kind} asks how many of a prompt's completions are right, and compares them "
-                "with each other; raise batch.rollouts_per_prompt above 1",
-            )
-            check_critic(self)
-
-    def _check_kl(self) -> None:
-        require(
-            self.kl.coefficient == 0 or self.samples_rollouts,
-            f"kl.coefficient is {self.kl.coefficient}, and objective {self.objective.kind} has no rollouts to take the "
-            "divergence on; set it to 0 (for demonstrations there is objective.kind sft_kl)",
-        )
-        require(
-            not self.kl.coefficient or self.kl.against == "reference" or self.batch.updates_per_step > 1,
-            "kl.against old has no effect with one update per step, when the old policy is the current one; raise "
-            "batch.updates_per_step, or choose kl.against reference",
-        )
-
-    def _check_dynamic_sampling(self) -> None:
-        if not self.batch.dynamic_sampling:
-            return
-        require(
-            self.samples_rollouts and not self.objective.learns_from_demonstrations,
-            f"batch.dynamic_sampling drops prompts that objective {self.objective.kind} learns from; set it to false",
-        )
-        require(
-            self.batch.rollouts_per_prompt > 1,
-            "batch.dynamic_sampling needs batch.rollouts_per_prompt above 1: one answer is never both right and wrong",
-        )
-
-    def _check_old_policy(self, objective: ObjectiveConfig) -> None:
-        updates = self.batch.updates_per_step
-        require(
-            updates == 1 or objective.kind not in ("psft", "sft_kl", "dpo"),
-            f"batch.updates_per_step is {updates}, and objective {objective.kind} needs 1, since its old policy is not "
-            f"that of the step; divide batch.prompts_per_step by {updates} for updates of the same size",
-        )
-        warmup = objective.warmup_steps if objective.kind == "psft" else 0
-        require(
-            warmup <= self.steps,
-            f"objective.warmup_steps is {warmup}, and the stage has only {self.steps} steps; lower it, or raise steps",
-        )
+            check_stage(self)
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,92 @@
+"""What sections of a run's config demand of each other. Raises ConfigError naming the key and the remedy."""
+
+from typing import TYPE_CHECKING
+
+from megatron_srft.config.base import require
+from megatron_srft.config.critic import check_critic
+from megatron_srft.config.rewards import VERIFIERS
+
+if TYPE_CHECKING:
+    from megatron_srft.config.run import RunConfig
+
+
+def check_run(run: "RunConfig") -> None:
+    """What holds for a whole run and for each of its stages."""
+    plain = bool(run.name) and run.name not in (".", "..") and not set(run.name) & set("/\0")
+    require(plain, f"name must be the name of one folder, not {run.name!r}; run_dir says where that folder goes")
+    require(run.steps >= 0, "steps must not be negative")
+    require(0 <= run.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {run.seed}")
+    _check_rewards(run)
+    require(
+        run.rollout.kind != "replay" or not run.evaluation.files,
+        "rollout.kind replay cannot answer held-out problems; set evaluation.files to []",
+    )
+    require(
+        not run.samples_rollouts or run.rollout.temperature > 0,
+        "rollout.temperature must be above 0 for training (0 is greedy and has no log-probs to learn from)",
+    )
+
+
+def check_stage(run: "RunConfig") -> None:
+    """What holds for one stage's settings; those of a run with stages are only what its stages start from."""
+    _check_old_policy(run)
+    _check_kl(run)
+    _check_dynamic_sampling(run)
+    require(
+        run.objective.kind not in ("hpt", "relift") or run.batch.rollouts_per_prompt > 1,
+        f"objective {run.objective.kind} asks how many of a prompt's completions are right, and compares them "
+        "with each other; raise batch.rollouts_per_prompt above 1",
+    )
+    check_critic(run)
+
+
+def _check_rewards(run: "RunConfig") -> None:
+    verified = any(reward.kind in VERIFIERS for reward in run.rewards)
+    require(
+        not run.samples_rollouts or verified,
+        "rewards has no verifier, so no answer could be right; add an item of kind math, exact or judge",
+    )
+    require(
+        verified or all(reward.kind != "cosine" for reward in run.rewards),
+        "rewards: a cosine reward asks a verifier for the verdict; add an item of kind math, exact or judge",
+    )
+
+
+def _check_kl(run: "RunConfig") -> None:
+    require(
+        run.kl.coefficient == 0 or run.samples_rollouts,
+        f"kl.coefficient is {run.kl.coefficient}, and objective {run.objective.kind} has no rollouts to take the "
+        "divergence on; set it to 0 (for demonstrations there is objective.kind sft_kl)",
+    )
+    require(
+        not run.kl.coefficient or run.kl.against == "reference" or run.batch.updates_per_step > 1,
+        "kl.against old has no effect with one update per step, when the old policy is the current one; raise "
+        "batch.updates_per_step, or choose kl.against reference",
+    )
+
+
+def _check_dynamic_sampling(run: "RunConfig") -> None:
+    if not run.batch.dynamic_sampling:
+        return
+    require(
+        run.samples_rollouts and not run.objective.learns_from_demonstrations,
+        f"batch.dynamic_sampling drops prompts that objective {run.objective.kind} learns from; set it to false",
+    )
+    require(
+        run.batch.rollouts_per_prompt > 1,
+        "batch.dynamic_sampling needs batch.rollouts_per_prompt above 1: one answer is never both right and wrong",
+    )
+
+
+def _check_old_policy(run: "RunConfig") -> None:
+    updates, objective = run.batch.updates_per_step, run.objective
+    require(
+        updates == 1 or objective.kind not in ("psft", "sft_kl", "dpo"),
+        f"batch.updates_per_step is {updates}, and objective {objective.kind} needs 1, since its old policy is not "
+        f"that of the step; divide batch.prompts_per_step by {updates} for updates of the same size",
+    )
+    warmup = objective.warmup_steps if objective.kind == "psft" else 0
+    require(
+        warmup <= run.steps,
+        f"objective.warmup_steps is {warmup}, and the stage has only {run.steps} steps; lower it, or raise steps",
+    )
