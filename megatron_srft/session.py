@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -11,26 +10,21 @@ from megatron_srft import config as configuration
 from megatron_srft.advantages import group_statistics, to_sequences
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
-from megatron_srft.config import RunConfig, require
-from megatron_srft.data import (
-    Dataset,
-    PromptStream,
-    check_vocabulary,
-    choose_demonstration,
-    load_dataset,
-    usable_prompts,
-)
-from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, is_main, rank, size
+from megatron_srft.config import RunConfig
+from megatron_srft.data import choose_demonstration
+from megatron_srft.distributed import ProcessGroups, all_reduce, is_main, size
 from megatron_srft.dynamic_sampling import refill
-from megatron_srft.evaluate import evaluate, load_held_out
+from megatron_srft.evaluate import evaluate
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.rewards import Scorer
+from megatron_srft.rewards.over_ranks import score_over_ranks
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
 from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
+from megatron_srft.stage_data import read_stage_data
 from megatron_srft.stages import Stage, stage_of, stages_of
 from megatron_srft.trainer import parallel
 from megatron_srft.trainer.conversion import read_hf_config
@@ -75,7 +69,7 @@ class Session:
         self.vocab_size = architecture.vocab_size
         for later in self.stages[self.stage.number + 1 :]:  # its mistakes too are told before anything is trained
             check_folder(later.config, architecture)
-            self._read_data(later.config)
+            read_stage_data(later.config, self.tokenizer, self.vocab_size)
             if later.config.rewards != self.config.rewards:
                 _tested_scorer(later.config).close()
         self._load_data()
@@ -86,7 +80,7 @@ class Session:
             arrays = self.saves.restore(self.trainer)
             self.old_policy.restore(arrays)
             self.router.restore(arrays)
-            self._prompts(self.router.waiting)
+            self.data.prompts(self.router.waiting)
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         self.synced_version: int | None = None
         self.parity_due = True
@@ -128,7 +122,7 @@ class Session:
 
     def next_prompts(self) -> list[Prompt]:
         self.batches_drawn += 1
-        return self.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
+        return self.data.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
 
     def roll_out(self, prompts: list[Prompt], sampled: Sequence[Prompt] = ()) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step.
@@ -137,7 +131,7 @@ class Session:
             sampled: prompts of the step's earlier draws; one that comes again gets other completions.
         """
         if not self.stage.samples_rollouts:
-            return self._demonstrated(prompts, self.step)
+            return self.data.demonstrated(prompts, self.step)
         shown = self.config.uses_demonstrations
         demonstrations = [choose_demonstration(p, self.config.seed, self.step) if shown else None for p in prompts]
         self._sync()
@@ -159,19 +153,9 @@ class Session:
         if not self.stage.samples_rollouts:
             return groups
         with self.timer("score"):
-            world = self.groups.world
-            before = self.scorer.accounting()
-            share = self.scorer.score(groups[rank(world) :: size(world)])
-            counts = {name: value - before[name] for name, value in self.scorer.accounting().items()}
-            scores = [(g.scores, g.demonstration_score) for g in share]
-            everyone = all_gather_objects((scores, counts), world)
-        shares = [shares for shares, _ in everyone]
-        self.accounting.update({f"accounting/{name}": sum(c[name] for _, c in everyone) for name in counts})
-        ordered = [shares[i % size(world)][i // size(world)] for i in range(len(groups))]
-        return [
-            replace(g, scores=scores, demonstration_score=demonstration_score)
-            for g, (scores, demonstration_score) in zip(groups, ordered, strict=True)
-        ]
+            groups, counts = score_over_ranks(self.scorer, groups, self.groups.world)
+        self.accounting.update(counts)
+        return groups
 
     def refill(self, groups: list[Group]) -> list[Group]:
         """DAPO's dynamic sampling: more groups in place of those with answers all right or all wrong."""
@@ -204,8 +188,8 @@ class Session:
         return sequences
 
     def update(self, sequences: list[TrainingSequence], stage_step: int) -> dict[str, float]:
-        queued = self._prompts(self.router.take())
-        demonstrations = to_sequences(self._demonstrated(queued, self.step))
+        queued = self.data.prompts(self.router.take())
+        demonstrations = to_sequences(self.data.demonstrated(queued, self.step))
         with self.timer("train"):
             metrics = self.trainer.step(sequences, stage_step, demonstrations)
         return {**metrics, "count/tokens": sum(len(s.token_ids) for s in [*sequences, *demonstrations])}
@@ -285,27 +269,11 @@ class Session:
         begun = self.batches_drawn - 1 - stage_step
 
         def upcoming(later: int) -> list[TrainingSequence]:
-            prompts = self.stream.batch(begun + later, self.config.batch.prompts_per_step)
-            return to_sequences(self._demonstrated(prompts, self.step - stage_step + later))
+            prompts = self.data.stream.batch(begun + later, self.config.batch.prompts_per_step)
+            return to_sequences(self.data.demonstrated(prompts, self.step - stage_step + later))
 
         with self.timer("refresh"):
             return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
-
-    def _demonstrated(self, prompts: list[Prompt], step: int) -> list[Group]:
-        """Groups without completions: each prompt with its demonstration of the step."""
-        seed = self.config.seed
-        return [Group(prompt=p, completions=(), demonstration=choose_demonstration(p, seed, step)) for p in prompts]
-
-    def _prompts(self, ids: list[str]) -> list[Prompt]:
-        """The prompts of these ids, which may have been queued before a resume."""
-        known = {prompt.id: prompt for prompt in self.stream.prompts} if ids else {}
-        missing = next((name for name in ids if name not in known), None)
-        require(
-            missing is None,
-            f"the checkpoint has prompt {missing} waiting for a supervised update, and data.train has none of that "
-            "name; go on with the data that it was made with, or choose another name for a new run",
-        )
-        return [known[name] for name in ids]
 
     def _sync(self) -> None:
         """Give the engine the current weights, if it does not hold them."""
@@ -315,7 +283,7 @@ class Session:
             self.synced_version = self.trainer.policy_version
 
     def _evaluate(self) -> None:
-        if not self.held_out:
+        if not self.data.held_out:
             return
         self._sync()
         config = self.config
@@ -323,7 +291,7 @@ class Session:
             result = evaluate(
                 self.engine,
                 self.scorer,
-                self.held_out,
+                self.data.held_out,
                 config.evaluation,
                 config.rollout,
                 config.seed,
@@ -359,20 +327,9 @@ class Session:
     # ------------------------------------------------------------ setting up and leaving
 
     def _load_data(self) -> None:
-        dataset, prompts, self.held_out = self._read_data(self.config)
-        self.stream = PromptStream(prompts, self.config.seed, self.config.data.shuffle)
+        self.data = read_stage_data(self.config, self.tokenizer, self.vocab_size)
         if is_main():
-            print(f"data: {dataset.report}")
-            for name, problems in self.held_out:
-                print(f"evaluation {name}: {problems.report}", flush=True)
-
-    def _read_data(self, config: RunConfig) -> tuple[Dataset, tuple[Prompt, ...], list[tuple[str, Dataset]]]:
-        """All prompts of a stage, those of them it can use, and its held-out problems."""
-        dataset = load_dataset(config.data, config.rollout, self.tokenizer, with_preferences=config.uses_preferences)
-        prompts, held_out = usable_prompts(dataset, config), load_held_out(config, self.tokenizer)
-        for some in (prompts, *(problems.prompts for _, problems in held_out)):
-            check_vocabulary(some, self.vocab_size)
-        return dataset, prompts, held_out
+            self.data.print_reports()
 
     def _open_sink(self, config: RunConfig) -> MetricSink | NullSink:
         if not is_main():

@@ -16,7 +16,7 @@ ROWS = [
     {"data", "rewards", "advantages", "objectives", "weights"},
     {"rollout", "trainer"},
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
-    {"saves"},
+    {"saves", "stage_data"},
     {"session", "convert", "doctor", "dry_run"},
     {"train"},
     {"evaluate_command", "data_command", "analyze_command"},

@@ -10,6 +10,7 @@
     functions              users' own rewards
     responses              what a reward sees of an answer
     scorer       `Scorer`: one or more rewards, applied to groups
+    over_ranks   each rank verifies its share of a step's answers
     statistics   avg@k, pass@k, majority@k
 
 A worker process passes through this file and must start without torch, so `Scorer` is imported when first asked for.
