@@ -13,22 +13,11 @@ table by the number of right answers, is not here.
 """
 
 from megatron_srft.config import HptConfig
-from megatron_srft.objectives.terms import (
-    ObjectiveInputs,
-    ObjectiveOutput,
-    clipped_surrogate,
-    entropy_bonus,
-    evaluate,
-    likelihood,
-)
+from megatron_srft.objectives.rl_sft import rl_sft
+from megatron_srft.objectives.terms import ObjectiveInputs, ObjectiveOutput
 from megatron_srft.sample import Counts
 
 
 def hpt(inputs: ObjectiveInputs, counts: Counts, config: HptConfig) -> ObjectiveOutput:
-    """This micro-batch's share of the HPT loss, over sequences that have passed the gate."""
-    terms = {
-        "rollouts": clipped_surrogate(inputs, counts, config),
-        "sft": likelihood(counts, config.sft_weight),
-        "entropy_bonus": entropy_bonus("both", counts, config.entropy_coefficient),
-    }
-    return evaluate(inputs, counts, terms, clips=True)
+    """This micro-batch's share: RL with an SFT loss over the sequences that have passed the gate."""
+    return rl_sft(inputs, counts, config)

@@ -11,7 +11,7 @@ more; here that one has GRPO's clip and mean.
 Differs from the released code: the likelihood is a mean over the update's tokens, not over those of a micro-batch.
 """
 
-from megatron_srft.config import RlSftConfig
+from megatron_srft.config import HptConfig, RlSftConfig
 from megatron_srft.objectives.terms import (
     ObjectiveInputs,
     ObjectiveOutput,
@@ -23,7 +23,7 @@ from megatron_srft.objectives.terms import (
 from megatron_srft.sample import Counts
 
 
-def rl_sft(inputs: ObjectiveInputs, counts: Counts, config: RlSftConfig) -> ObjectiveOutput:
+def rl_sft(inputs: ObjectiveInputs, counts: Counts, config: RlSftConfig | HptConfig) -> ObjectiveOutput:
     """This micro-batch's share of the loss."""
     terms = {
         "rollouts": clipped_surrogate(inputs, counts, config),
