@@ -96,6 +96,7 @@ def _keep(prompt: Prompt, record: Record, encoder: _Encoder, counts: RowCounts) 
     counts.joined_answers += record.answer_parts > 1
     counts.without_demonstration += not prompt.demonstrations
     counts.demonstrations += len(prompt.demonstrations)
+    counts.blank_demonstrations += record.blank_demonstrations
     counts.pairs += prompt.preference is not None
     return prompt
 

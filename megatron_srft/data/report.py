@@ -38,6 +38,9 @@ class RowCounts:
     demonstrations: int = 0
     """Demonstrations of the kept prompts."""
 
+    blank_demonstrations: int = 0
+    """Demonstrations of the kept prompts that held nothing but white space, and were left out."""
+
     pairs: int = 0
     """Kept prompts with a chosen and a rejected answer."""
 
@@ -114,6 +117,7 @@ class DataReport:
             _plural(given, "answer pair" if self.preferences else "demonstration")
             + (f", the longest {total.longest_demonstration_tokens:,} tokens" if given else ""),
             *(_noted(total.without_demonstration, "prompt", "without one") if total.demonstrations else ()),
+            *_noted(total.blank_demonstrations, "demonstration", "left out as empty"),
             *_noted(total.overlong_demonstrations, answer, "dropped as too long"),
             *_noted(total.truncated_demonstrations, answer, "truncated"),
             *_noted(total.without_prefix, answer, "not beginning with data.generation_prefix"),

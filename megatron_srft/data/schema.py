@@ -36,6 +36,8 @@ class Record:
     answer_parts: int
     """1, or the length of an answer given as a list."""
     demonstrations: tuple[str, ...]
+    blank_demonstrations: int = 0
+    """Demonstrations that were there and held nothing but white space."""
     pair: tuple[str, str] | None = None
     """Chosen and rejected answer, where preferences are wanted."""
     file: str
@@ -80,6 +82,7 @@ def parse(row: Row, config: DataConfig, file: str) -> Record:
         answer=answer,
         answer_parts=parts,
         demonstrations=parse_demonstrations(row, config),
+        blank_demonstrations=sum(isinstance(t, str) and not t.strip() for t in _demonstration_items(row, config)),
         file=file,
         source=source if isinstance(source, str) and source else file,
         where=row.where,
@@ -201,15 +204,19 @@ def _answer_text(value: Any, where: str) -> str | None:
 
 def parse_demonstrations(row: Row, config: DataConfig) -> tuple[str, ...]:
     """The row's demonstrations as text; null, "" and [] are none."""
-    value = first(row.fields, demonstration_keys(config))
-    items = value if isinstance(value, list) else [value]
+    items = _demonstration_items(row, config)
     return tuple(text for item in items if (text := _demonstration_text(item, row.where)))
 
 
+def _demonstration_items(row: Row, config: DataConfig) -> list[Any]:
+    """What stands for the row's demonstrations; of an assistant's message (LUFFY writes [{role: assistant, content:
+    ...}]) its content."""
+    value = first(row.fields, demonstration_keys(config))
+    items = value if isinstance(value, list) else [value]
+    return [i.get("content") if isinstance(i, dict) and i.get("role") == "assistant" else i for i in items]
+
+
 def _demonstration_text(item: Any, where: str) -> str | None:
-    """Text of a string or of an assistant's message (LUFFY writes [{role: assistant, content: ...}])."""
-    if isinstance(item, dict) and item.get("role") == "assistant":
-        item = item.get("content")
     if item is None or (isinstance(item, str) and not item.strip()):
         return None
     if not isinstance(item, str):

@@ -81,6 +81,13 @@ def test_demonstrations(value, expected):
     assert record({"prompt": "q", "demonstrations": value}).demonstrations == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "blank"), [("", 1), (["", None, " \n", "x"], 2), ([{"role": "assistant", "content": ""}], 1), (None, 0)]
+)
+def test_empty_demonstrations_are_counted(value, blank):
+    assert record({"prompt": "q", "demonstrations": value}).blank_demonstrations == blank
+
+
 def test_options_go_into_the_prompt_one_per_line():
     labelled = record({"problem": "Which?", "options": ["A)5(\u221a3 + 1)", "B)None"], "answer": "A"})
     assert labelled.messages[0]["content"] == "Which?\nA)5(\u221a3 + 1)\nB)None"
