@@ -65,13 +65,14 @@ def sampling(kind: str, rewards: list[Settings] | None = None, **objective: Any)
     }
 
 
-def then_grpo(kind: str, **objective: Any) -> Method:
-    """Two stages: all demonstrations first, all rollouts after."""
+def then_grpo(kind: str, rewards: list[Settings] | None = None, **objective: Any) -> Method:
+    """Two stages: all demonstrations first, all rollouts after, with rewards of their own if any are given."""
+    shaped = {"rewards": rewards} if rewards else {}
     return lambda budget: {
         "batch": {"prompts_per_step": budget.prompts},
         "stages": [
             {"name": kind, "steps": budget.first_stage_steps, "objective": {"kind": kind, **objective}},
-            {"name": "grpo", "steps": budget.steps, "objective": {"kind": "grpo"}},
+            {"name": "grpo", "steps": budget.steps, "objective": {"kind": "grpo"}, **shaped},
         ],
     }
 
@@ -85,6 +86,7 @@ METHODS: dict[str, Method] = {
     "luffy": sampling("luffy"),
     "psft": imitating("psft"),
     "psft-then-grpo": then_grpo("psft"),
+    "sft-then-grpo-cosine": then_grpo("sft", rewards=COSINE),
     "grpo-cosine": sampling("grpo", rewards=COSINE),
     "sft-kl": imitating("sft_kl"),
     "rl-sft": sampling("rl_sft"),
