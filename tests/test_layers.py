@@ -13,7 +13,7 @@ PACKAGE = ROOT / "megatron_srft"
 ROWS = [
     {"config", "sample", "distributed", "metrics", "errors", "presence"},
     {"ops"},
-    {"data", "rewards", "advantages", "objectives", "weights"},
+    {"data", "rewards", "advantages", "objectives", "weights", "hidden_reward"},
     {"rollout", "trainer"},
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
     {"saves", "stage_data"},
