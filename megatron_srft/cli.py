@@ -12,6 +12,7 @@ USAGE = """usage: megatron-srft COMMAND ... [--debug]
 commands:
   train CONFIG [key=value ...]   train as a config file says; --dry-run only checks it and prints what it comes to
   evaluate MODEL FILE ...        accuracy of a Hugging Face folder or a checkpoint on JSONL or parquet files
+  generate MODEL FILE ...        sampled and verified answers as a rollout dump
   convert SOURCE TARGET          Hugging Face folder to checkpoint, or checkpoint to Hugging Face folder
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
@@ -77,22 +78,54 @@ def evaluate(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--samples", type=int, help="sampled answers per problem; needs --temperature")
     parser.add_argument("--temperature", type=float, help="of the sampled answers; 0 measures greedy ones only")
     parser.add_argument("--top-p", type=float, help="nucleus of the sampled answers")
-    parser.add_argument("--max-response-tokens", type=int, help="longest answer")
     parser.add_argument("--max-problems", type=int, help="use only the first N of each file")
-    parser.add_argument("--reward", choices=("math", "exact"), help="how answers are verified (default: math)")
-    parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
-    parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+    _answer_options(parser)
     parser.add_argument("--json", type=Path, help="also write figures and greedy answers to this file")
     options = parser.parse_intermixed_args(arguments)
 
     def body() -> int:
         from megatron_srft import evaluate_command
 
-        if options.answer_after and options.reward is None:
-            raise ValueError("--answer-after needs --reward math or --reward exact")
+        _check_answer_options(options)
         return evaluate_command.main(options)
 
     return errors.run(body, debug=options.debug)
+
+
+def generate(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Sample answers, verify them, and write a rollout dump for reward train, best-of-n, analyze or a replay."""
+    parser.add_argument("model", type=Path, help="Hugging Face folder or checkpoint (RUN/checkpoints/step-NNNNNN)")
+    parser.add_argument("files", nargs="+", help="problems (JSONL or parquet); without answers they stay unverified")
+    parser.add_argument("--output", type=Path, required=True, help="the dump, FILE.jsonl.zst")
+    parser.add_argument("--config", type=Path, help="take data, rollout and rewards settings from this file")
+    parser.add_argument("--samples", type=int, default=8, help="answers per problem (default: 8)")
+    parser.add_argument("--temperature", type=float, help="of the answers (default: the config's rollout.temperature)")
+    parser.add_argument("--top-p", type=float, help="nucleus of the answers (default: the config's rollout.top_p)")
+    parser.add_argument("--seed", type=int, help="of the answers (default: the config's)")
+    parser.add_argument("--max-problems", type=int, default=0, help="use only the first N of each file; 0 uses all")
+    _answer_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import generate_command
+
+        _check_answer_options(options)
+        return generate_command.main(options)
+
+    return errors.run(body, debug=options.debug)
+
+
+def _answer_options(parser: argparse.ArgumentParser) -> None:
+    """What `model_options.answer_settings` reads."""
+    parser.add_argument("--max-response-tokens", type=int, help="longest answer")
+    parser.add_argument("--reward", choices=("math", "exact"), help="how answers are verified (default: math)")
+    parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
+    parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+
+
+def _check_answer_options(options: argparse.Namespace) -> None:
+    if options.answer_after and options.reward is None:
+        raise ValueError("--answer-after needs --reward math or --reward exact")
 
 
 def convert(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
@@ -162,6 +195,7 @@ def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "generate": generate,
     "convert": convert,
     "data": data,
     "report": report,

@@ -7,7 +7,8 @@ and the problem only, so two evaluations of a run differ by their weights and no
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,16 +198,29 @@ def evaluate_folder(
     """
     require(bool(config.evaluation.files), "evaluation.files names no file to evaluate on")
     require(config.rollout.kind == "local", "rollout.kind must be local for an evaluation; a replay cannot answer")
-    model = dataclasses.replace(config.model, path=str(model_folder))
-    tokenizer = load_tokenizer(model)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model_folder)))
+    tokenizer = load_tokenizer(config.model)
     datasets = load_held_out(config, tokenizer)
+    with answering(config, tokenizer, weights) as (engine, scorer):
+        return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
+
+
+@contextmanager
+def answering(
+    config: RunConfig, tokenizer: Any, weights: Iterable[tuple[str, torch.Tensor]] | None
+) -> Iterator[tuple[RolloutEngine, Scorer]]:
+    """A local engine with the weights of config.model.path (or those given), and a scorer that passed its self-test.
+
+    Raises:
+        ConfigError, VerifierError: the folder cannot be read, or the self-test fails.
+    """
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     with Scorer(config.resolved().rewards) as scorer:
         scorer.self_test()
-        engine = load_local_engine(model, tokenizer, device, config.rollout.max_concurrent_sequences)
+        engine = load_local_engine(config.model, tokenizer, device, config.rollout.max_concurrent_sequences)
         if weights is not None:
             engine.update_weights(weights, 0)
-        return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
+        yield engine, scorer
 
 
 def _verdicts(group: Group) -> list[bool]:

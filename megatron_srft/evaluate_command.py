@@ -1,31 +1,12 @@
 """`megatron-srft evaluate`: from command-line options to an evaluation of a Hugging Face folder or a checkpoint."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-
-from megatron_srft import config as configuration
 from megatron_srft import distributed
-from megatron_srft.config import (
-    ExactRewardConfig,
-    LocalRolloutConfig,
-    MathRewardConfig,
-    ParallelConfig,
-    RewardConfig,
-    RunConfig,
-)
-from megatron_srft.convert import checkpoint_model, run_config
+from megatron_srft.config import RunConfig
 from megatron_srft.evaluate import evaluate_folder
-from megatron_srft.trainer import parallel
-from megatron_srft.trainer.conversion import export_policy
-from megatron_srft.trainer.manifest import is_checkpoint
-
-ALONE = ParallelConfig()
-"""Every rank holds the whole model; under torchrun the ranks share the problems."""
+from megatron_srft.model_options import answer_settings, weights_of
 
 
 def main(options: argparse.Namespace) -> int:
@@ -46,50 +27,10 @@ def settings(options: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: an option has an impossible value, or there is nothing to evaluate on.
     """
-    config = _file_settings(options)
+    config = answer_settings(options)
     if options.files:
         config = replace(config, evaluation=replace(config.evaluation, files=tuple(options.files)))
     named = {"samples": options.samples, "temperature": options.temperature, "top_p": options.top_p}
     named["max_problems"] = options.max_problems
     evaluation = replace(config.evaluation, **{k: v for k, v in named.items() if v is not None})
-    rollout = config.rollout if config.rollout.kind == "local" else LocalRolloutConfig()
-    if options.max_response_tokens is not None:
-        rollout = replace(rollout, max_response_tokens=options.max_response_tokens)
-    rewards = config.rewards if options.reward is None else (reward(options),)
-    return replace(config, evaluation=evaluation, rollout=rollout, rewards=rewards)
-
-
-def _file_settings(options: argparse.Namespace) -> RunConfig:
-    if options.config is not None:
-        config = configuration.load(options.config)
-    elif is_checkpoint(options.model):
-        config = run_config(options.model, ALONE, options.hf_model)
-    else:
-        config = RunConfig()
-    if not is_checkpoint(options.model):
-        return replace(config, model=replace(config.model, path=str(options.model)), parallel=ALONE)
-    if options.hf_model is not None:
-        config = replace(config, model=replace(config.model, path=str(options.hf_model)))
-    return replace(config, parallel=ALONE)
-
-
-def reward(options: argparse.Namespace) -> RewardConfig:
-    """The verifier named on the command line."""
-    kind = {"math": MathRewardConfig, "exact": ExactRewardConfig}[options.reward]
-    return kind(answer_after=options.answer_after)
-
-
-@contextmanager
-def weights_of(
-    model: Path, config: RunConfig
-) -> Iterator[tuple[distributed.Group, Iterator[tuple[str, torch.Tensor]] | None]]:
-    """The world, and a checkpoint's weights (None for a Hugging Face folder, which is read where it is used)."""
-    if is_checkpoint(model):
-        with checkpoint_model(model, config) as (chunks, groups):
-            yield groups.world, export_policy(chunks, groups)
-        return
-    groups = parallel.start(config.parallel, config.seed)
-    try:
-        yield groups.world, None
-    finally:
-        parallel.stop()
+    return replace(config, evaluation=evaluation)

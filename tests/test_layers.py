@@ -18,8 +18,8 @@ ROWS = [
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
     {"saves", "stage_data"},
     {"session", "convert", "doctor", "dry_run"},
-    {"train"},
-    {"evaluate_command", "data_command", "analyze_command"},
+    {"train", "model_options"},
+    {"evaluate_command", "generate_command", "data_command", "analyze_command"},
     {"cli"},
 ]
 """Rooms (modules and folders of the package) from the bottom up."""

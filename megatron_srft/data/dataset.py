@@ -65,24 +65,33 @@ def _load_preferences(config: DataConfig, limit: int, tokenizer: Any, report: Da
     return Dataset(prompts, report)
 
 
-def load_problems(files: Sequence[str], config: DataConfig, tokenizer: Any, max_problems: int = 0) -> Dataset:
-    """Read evaluation files with the templates and limits of `config`; their demonstrations are left out.
+def load_problems(
+    files: Sequence[str],
+    config: DataConfig,
+    tokenizer: Any,
+    max_problems: int = 0,
+    *,
+    key: str = "evaluation.files",
+    need_answers: bool = True,
+) -> Dataset:
+    """Read files of problems with the templates and limits of `config`; their demonstrations are left out.
 
     Args:
         max_problems: use only the first this many rows of each file; 0 uses all.
+        key: what named the files, for messages.
 
     Raises:
-        ValueError: as `load_dataset`; also a problem without an answer.
+        ValueError: as `load_dataset`; also a problem without an answer, where answers are needed.
     """
     report = DataReport()
-    records = read_records(files, "evaluation.files", config, report, max_problems)
+    records = read_records(files, key, config, report, max_problems)
     unanswered = next((record for record in records if record.answer is None), None)
-    if unanswered is not None:
+    if unanswered is not None and need_answers:
         raise ValueError(f"{unanswered.where}: an evaluation problem needs an answer; see data.answer_key")
     problems = [replace(record, demonstrations=()) for record in records]
     prompts = encode(problems, replace(config, require_demonstration=False), 1, tokenizer, report)
     if not prompts:
-        raise ValueError(f"evaluation.files: no problem is left: {report.summary()}")
+        raise ValueError(f"{key}: no problem is left: {report.summary()}")
     return Dataset(prompts, report)
 
 
