@@ -5,6 +5,10 @@ folder       a head on disk: safetensors and JSON, whole or not at all
 published    heads of the paper's released code; heads trained on logits
 pooling      from states to scores: one layer's share, the tokens of a response that count
 fingerprint  a model's weights and a prompt's form as one hash each
+losses       bce, hinge, pairwise, infonca, nca
+quality      AUROC within questions and overall, calibration
+states       what one rank holds of the states that a head is trained on
+parametrisation, standardise, parts, fit     training
 """
 
 from megatron_srft.hidden_reward.fingerprint import prompt_fingerprint, weights_fingerprint
