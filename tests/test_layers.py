@@ -16,7 +16,7 @@ ROWS = [
     {"data", "rewards", "advantages", "objectives", "weights", "hidden_reward"},
     {"rollout", "trainer"},
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
-    {"saves", "stage_data"},
+    {"saves", "stage_data", "best_of_n"},
     {"session", "convert", "doctor", "dry_run"},
     {"train", "model_options"},
     {"evaluate_command", "generate_command", "data_command", "analyze_command"},
