@@ -190,12 +190,11 @@ def _question(row: Row, prompt: Prompt, data: DataConfig, tokenizer: Any) -> _Qu
     stripped = [strip_demonstration(text, data.generation_prefix, tokenizer.eos_token)[0] for text in texts]
     completions = [
         _completion(text, ids, reason, row, number, tokenizer)
-        for number, (text, ids, reason) in enumerate(
-            zip(stripped, tokenize(stripped, tokenizer), reasons, strict=True)
-        )
+        for number, (text, ids, reason) in enumerate(zip(stripped, tokenize(stripped, tokenizer), reasons, strict=True))
     ]
     verdicts = [
-        None if verdict is None else Score(reward=float(verdict), correct=verdict) for verdict in _verdicts(row, len(texts))
+        None if verdict is None else Score(reward=float(verdict), correct=verdict)
+        for verdict in _verdicts(row, len(texts))
     ]
     external = parse_scores(row, len(texts)) if row.fields.get("scores") is not None else {}
     return _Question(prompt=prompt, where=row.where, completions=completions, verdicts=verdicts, external=external)
