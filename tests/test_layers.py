@@ -18,7 +18,7 @@ ROWS = [
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
     {"saves", "stage_data", "best_of_n"},
     {"session", "convert", "doctor", "dry_run"},
-    {"train", "model_options"},
+    {"train", "model_options", "policy_sources"},
     {"evaluate_command", "generate_command", "data_command", "analyze_command"},
     {"cli"},
 ]

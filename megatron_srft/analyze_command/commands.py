@@ -13,10 +13,10 @@ from megatron_srft.analysis.comparison_page import write_comparison
 from megatron_srft.analysis.page import facts, table
 from megatron_srft.analysis.policy import PolicyReader, PolicySource, common_tokenizer, measuring, reading
 from megatron_srft.analyze_command.references import read_references
-from megatron_srft.analyze_command.sources import find_settings, find_source, find_sources
 from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig
 from megatron_srft.distributed import is_main
 from megatron_srft.errors import launched_rank
+from megatron_srft.policy_sources import find_settings, find_source, find_sources
 from megatron_srft.sample import TrainingSequence
 
 
