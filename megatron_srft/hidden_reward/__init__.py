@@ -8,7 +8,7 @@ fingerprint  a model's weights and a prompt's form as one hash each
 losses       bce, hinge, pairwise, infonca, nca
 quality      AUROC within questions and overall, calibration
 states       what one rank holds of the states that a head is trained on
-parametrisation, standardise, parts, fit     training
+parametrisation, standardise, parts, descent, fit     training
 """
 
 from megatron_srft.hidden_reward.fingerprint import prompt_fingerprint, weights_fingerprint

@@ -23,28 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_srft.distributed import all_gather_objects, all_reduce, rank
 from megatron_srft.hidden_reward import losses
+from megatron_srft.hidden_reward.descent import Descent
 from megatron_srft.hidden_reward.losses import LossName
 from megatron_srft.hidden_reward.parametrisation import Parametrisation
 from megatron_srft.hidden_reward.parts import (
     Responses,
     batches,
     check_labels,
-    flat,
-    portions,
     questions_of,
     split,
     teaching,
-    totals_of,
 )
 from megatron_srft.hidden_reward.quality import Quality, quality
 from megatron_srft.hidden_reward.standardise import standardisation
-from megatron_srft.hidden_reward.states import Question, States, scores
-from megatron_srft.ops.gated_pooling import GATE_SUM_FLOOR
-
-QUESTIONS_AT_A_TIME = 64
-"""Whose loss is figured at once: a loss compares all responses with all others."""
+from megatron_srft.hidden_reward.states import States
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +159,8 @@ class _Fit:
             standardisation=standardisation(states, self.questions) if settings.standardise else None,
             lm_head=lm_head,
         )
-        self.optimizer = torch.optim.AdamW(self.parameters.trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(self.parameters.trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.descent = Descent(states, responses, self.parameters, optimizer, loss=settings.loss, alpha=settings.alpha)
 
     def run(self, report: Callable[[Epoch], None]) -> Fitted:
         epochs: list[Epoch] = []
@@ -188,102 +182,20 @@ class _Fit:
     def _epoch(self, number: int) -> tuple[Epoch, np.ndarray]:
         """Train on every question once, then score the validation part: (figures, [responses] its scores)."""
         began = time.monotonic()
-        found = torch.zeros(len(self.responses.labels), dtype=torch.float64, device=self.states.device)
-        shut = torch.zeros((), dtype=torch.int64, device=self.states.device)
         mixed = batches(self.questions, self.settings.batch, (self.settings.seed, number))
-        for batch in mixed:
-            self._step(batch, found, shut)
-        before = self._everywhere(found)
-        held_out = self._scores(self.validation)
-        steps = [self._loss(before, np.array(flat(batch))) for batch in mixed]
+        before, train_loss, shut = self.descent.update(mixed)
+        held_out = self.descent.scores(self.validation)
         epoch = Epoch(
             number=number,
-            train_loss=float(np.mean(steps)),
-            validation_loss=self._loss(held_out, self.validation),
+            train_loss=train_loss,
+            validation_loss=self.descent.loss(held_out, self.validation),
             train=self._quality(before, self.train),
             validation=self._quality(held_out, self.validation),
-            shut_gates=int(all_reduce(shut, self.states.groups.data)),
+            shut_gates=shut,
             seconds=time.monotonic() - began,
         )
         return epoch, held_out
 
-    # ------------------------------------------------------------ one update
-
-    def _step(self, batch: list[Question], found: Tensor, shut: Tensor) -> None:
-        """Update the head; adds to `found` the scores before the update, to `shut` responses with all gates shut."""
-        totals, settings = totals_of(self.responses, flat(batch)), self.settings
-        head = self.parameters.head()
-        weight, bias = (one.detach().requires_grad_() for one in head)
-        for portion in self._portions(batch):
-            own, gate_sums = scores(self.states.read(portion), self.states, weight, bias)
-            labels, questions = (torch.from_numpy(values[portion]).to(own.device) for values in self._verdicts())
-            losses.loss(settings.loss, own, labels, questions, totals, alpha=settings.alpha).backward()
-            found[portion] = own.detach().double()
-            shut += (gate_sums.detach() < GATE_SUM_FLOOR).sum()
-        of_weight, of_bias = self._gradients(weight, bias, found)
-        self.optimizer.zero_grad()
-        self.parameters.send_back(head, of_weight, of_bias)
-        self.optimizer.step()
-
-    def _gradients(self, weight: Tensor, bias: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the whole batch on every rank, in one exchange.
-
-        Raises:
-            ValueError: a score is not finite.
-        """
-        groups = self.states.groups
-        of_weight, of_bias = (torch.zeros_like(p) if p.grad is None else p.grad for p in (weight, bias))
-        # All ranks of a replica have the same scores, and each the whole gradient of the bias: one of them gives it.
-        broken = (~found.isfinite()).any().to(of_bias.dtype)
-        rest = torch.cat((of_bias, broken[None])) * (rank(groups.model) == 0)
-        packed = all_reduce(torch.cat((of_weight.flatten(), rest)), groups.world)
-        if packed[-1] > 0:
-            self._refuse(found)
-        return packed[: of_weight.numel()].view_as(of_weight), packed[of_weight.numel() : -1]
-
-    # ------------------------------------------------------------ scores and figures
-
-    @torch.no_grad()
-    def _scores(self, part: np.ndarray) -> np.ndarray:
-        """[responses] float64 scores of the part under the head as it is, on every rank."""
-        found = torch.zeros(len(self.responses.labels), dtype=torch.float64, device=self.states.device)
-        head = self.parameters.head()
-        for portion in self._portions(questions_of(self.responses, part)):
-            found[portion] = scores(self.states.read(portion), self.states, *head)[0].double()
-        return self._everywhere(found)
-
-    def _portions(self, questions: list[Question]) -> list[list[int]]:
-        return portions(self.states.share(questions), self.states.lengths, self.states.portion_tokens)
-
-    def _everywhere(self, found: Tensor) -> np.ndarray:
-        """[responses] scores of all data ranks, which have zeros where another one scores."""
-        values = all_reduce(found.clone(), self.states.groups.data).cpu().numpy()
-        if not np.isfinite(values).all():
-            self._refuse(found)
-        return values
-
-    def _refuse(self, found: Tensor) -> None:
-        own = (~found.isfinite()).nonzero().flatten().tolist()
-        broken = sorted({index for some in all_gather_objects(own, self.states.groups.data) for index in some})
-        raise ValueError(
-            f"{len(broken)} of {len(self.responses.names)} responses have a score that is not a number, the first is "
-            f"{self.responses.names[broken[0]]}: hidden states of the model are NaN or infinite there; see that the "
-            "model's weights are whole and that its type has the range (bfloat16 rather than float16)"
-        )
-
-    def _loss(self, found: np.ndarray, part: np.ndarray) -> float:
-        """Of whole questions with these scores [responses], in float64."""
-        by_question = questions_of(self.responses, part)
-        totals, total = totals_of(self.responses, part), 0.0
-        for first in range(0, len(by_question), QUESTIONS_AT_A_TIME):
-            some = np.array(flat(by_question[first : first + QUESTIONS_AT_A_TIME]))
-            own, labels, questions = (torch.from_numpy(every[some]) for every in (found, *self._verdicts()))
-            total += float(losses.loss(self.settings.loss, own, labels, questions, totals, alpha=self.settings.alpha))
-        return total
-
     def _quality(self, found: np.ndarray, part: np.ndarray) -> Quality:
-        scored, labels, questions = (every[part] for every in (found, *self._verdicts()))
+        scored, labels, questions = (every[part] for every in (found, self.responses.labels, self.responses.questions))
         return quality(scored, labels, questions, self.states.lengths[part])
-
-    def _verdicts(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.responses.labels, self.responses.questions

@@ -55,6 +55,16 @@ class Parametrisation:
         bias = torch.empty(rows).uniform_(-bound, bound, generator=generator)
         self.trained = [one.to(device).requires_grad_() for one in (weight, bias)]
 
+    @classmethod
+    def of_head(cls, weight: Tensor, bias: Tensor, *, gate: bool) -> "Parametrisation":
+        """What is trained is a head as it is: weight [layers, 2, hidden], bias [2]."""
+        parameters = cls((weight.shape[0], weight.shape[2]), gate=gate, seed=0, device=weight.device)
+        rows = slice(0, 2) if gate else slice(1, 2)
+        with torch.no_grad():
+            for trained, given in zip(parameters.trained, (weight[:, rows], bias[rows]), strict=True):
+                trained.copy_(given)
+        return parameters
+
     def head(self) -> tuple[Tensor, Tensor]:
         """(weight [layers, 2, hidden], bias [2]), differentiable in what is trained."""
         weight, bias = self.trained
