@@ -80,6 +80,8 @@ class SequenceStats:
     """[response] float32."""
     entropy: np.ndarray
     """[response] float32."""
+    hidden_score: float | None = None
+    """The reward head's score, a logit; None without a head, and for a response without a token to score."""
 
 
 def train_pass(

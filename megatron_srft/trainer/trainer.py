@@ -10,6 +10,7 @@ import torch
 from megatron_srft.config import RunConfig
 from megatron_srft.data.packing import pack, padded_length, plan_sequences
 from megatron_srft.distributed import ProcessGroups, barrier, rank, size
+from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits
 from megatron_srft.objectives import scheduled
 from megatron_srft.objectives.value import value_figures
 from megatron_srft.ops import implementations
@@ -17,6 +18,7 @@ from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.beside_reference import beside_reference
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.critic import Critic
+from megatron_srft.trainer.hidden_score import describe_base, scored_statistics_pass, shared_fingerprint
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, learning_rate, wrap
 from megatron_srft.trainer.parallel import device, seed_step
@@ -53,6 +55,7 @@ class Trainer:
             saved_logits_bytes=int(config.ops.saved_logits_gib * 2**30),
         )
         self.skipped_in_a_row = 0
+        self._reward_head: RewardHead | None = None
         self.begin_stage(config, config.steps)
 
     def begin_stage(self, config: RunConfig, steps: int) -> None:
@@ -63,11 +66,45 @@ class Trainer:
         self.reference = Reference(self.models) if config.needs_reference else None
         self.critic = Critic(config, self.models, self.groups) if config.uses_critic else None
 
+    @property
+    def reward_head(self) -> RewardHead | None:
+        """Scores what `measure` measures, in the same forward pass; None unless set.
+
+        Raises, when set:
+            ValueError: it is for a model of other sizes. Whether it was trained on these weights and prompts,
+                `check_fits` with `base_model()` says.
+        """
+        return self._reward_head
+
+    @reward_head.setter
+    def reward_head(self, head: RewardHead | None) -> None:
+        if head is not None:
+            check_fits(head, describe_base(self.policy, str(self.source.path)), weights=False)
+        self._reward_head = None if head is None else head.to(device())
+
+    def base_model(self) -> BaseModel:
+        """The policy as reward heads know it, with the fingerprint of its current weights (collective; reads all)."""
+        fingerprint = shared_fingerprint(self.hf_weights(), self.groups)
+        return describe_base(self.policy, str(self.source.path), fingerprint)
+
     def measure(self, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
-        """Log-probs and entropies of every sequence under the current weights, on every rank."""
+        """Log-probs and entropies of every sequence under the current weights, and with a reward head its score of
+        them, on every rank.
+
+        Raises:
+            ValueError: with a reward head, hidden states that are not finite.
+        """
+        return self._measure(sequences, self.reward_head)
+
+    def _measure(self, sequences: Sequence[TrainingSequence], head: RewardHead | None) -> list[SequenceStats]:
         for chunk in self.policy.chunks:
             chunk.eval()
-        found = statistics_pass(self.policy, self.microbatches(sequences))
+        batches = self.microbatches(sequences)
+        found = (
+            statistics_pass(self.policy, batches)
+            if head is None
+            else scored_statistics_pass(self.policy, batches, head)
+        )
         return [found[index] for index in range(len(sequences))]
 
     def refresh_reference(self, stage_step: int) -> None:
@@ -91,7 +128,7 @@ class Trainer:
         if self.config.kl.needs_reference:
             rollouts = [s for s in sequences if not s.is_demonstration]
             with self.reference.in_place():
-                found = iter(self.measure(rollouts))
+                found = iter(self._measure(rollouts, None))
             sequences = [
                 s if s.is_demonstration else replace(s, reference_logprobs=next(found).logprobs) for s in sequences
             ]
