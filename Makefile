@@ -5,6 +5,9 @@ VENV_PYTHON := .venv/bin/python
 export PYTHON
 # Single-threaded ranks by default: the tests and the demo bring their own processes.
 export OMP_NUM_THREADS ?= 1
+# Tests side by side, a file at a time, so that what a file's tests share is made once: make test WORKERS=4
+WORKERS ?= 2
+PYTEST := $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup demo study study-quick test test-fast test-kernels kernels lint docs doctor clean
 .NOTPARALLEL:
@@ -41,14 +44,14 @@ study-quick: setup
 
 test: lint
 	@echo "running the tests ..."
-	@$(VENV_PYTHON) -m pytest
+	@$(PYTEST)
 
 test-fast: setup
 	@echo "running the tests that are not marked slow ..."
-	@$(VENV_PYTHON) -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-kernels: setup
-	@$(VENV_PYTHON) -m pytest tests/ops
+	@$(PYTEST) tests/ops
 
 kernels: setup
 	@SRFT_NATIVE=1 $(VENV_PYTHON) setup.py build_ext --inplace
