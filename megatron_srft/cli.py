@@ -13,6 +13,7 @@ commands:
   train CONFIG [key=value ...]   train as a config file says; --dry-run only checks it and prints what it comes to
   evaluate MODEL FILE ...        accuracy of a Hugging Face folder or a checkpoint on JSONL or parquet files
   generate MODEL FILE ...        sampled and verified answers as a rollout dump
+  best-of-n MODEL HEAD FILE ...  score candidates with a reward head; how right each rule of choosing is, over N
   convert SOURCE TARGET          Hugging Face folder to checkpoint, or checkpoint to Hugging Face folder
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
@@ -115,6 +116,37 @@ def generate(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return errors.run(body, debug=options.debug)
 
 
+def best_of_n(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Choose among N candidates by a reward head, votes, external scores and fusions: accuracy over N, and costs."""
+    parser.add_argument("model", type=Path, help="Hugging Face folder or checkpoint that the head was trained on")
+    parser.add_argument("head", type=Path, help="folder with reward_head.json (megatron-srft reward train)")
+    parser.add_argument("candidates", nargs="+", type=Path, help="rollout dumps, or JSONL with prompt and responses")
+    parser.add_argument("--scores", type=Path, help='JSONL of external scores, {"id": ..., "scores": {"NAME": [...]}}')
+    parser.add_argument("--weights", type=float, nargs="+", help="of swift and each external score in scaled averaging")
+    parser.add_argument("--max-n", type=int, help="largest N; leaves out questions with fewer (default: what all have)")
+    parser.add_argument("--orders", type=int, default=64, help="orders of the candidates to average over (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders and of the intervals (default: 0)")
+    parser.add_argument("--cost-candidates", type=int, default=64, help="candidates to time on; 0: none (default: 64)")
+    parser.add_argument("--config", type=Path, help="data and rewards settings (default: those of the model's run)")
+    parser.add_argument("--reward", choices=("math", "exact"), help="how candidates without a verdict are verified")
+    parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
+    parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (under torchrun)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (under torchrun)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("best_of_n.html"), help="page; figures beside it (default: best_of_n.html)"
+    )
+    options = parser.parse_intermixed_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import best_of_n_command
+
+        _check_answer_options(options)
+        return best_of_n_command.main(options)
+
+    return errors.run(body, debug=options.debug)
+
+
 def _answer_options(parser: argparse.ArgumentParser) -> None:
     """What `model_options.answer_settings` reads."""
     parser.add_argument("--max-response-tokens", type=int, help="longest answer")
@@ -196,6 +228,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "best-of-n": best_of_n,
     "convert": convert,
     "data": data,
     "report": report,

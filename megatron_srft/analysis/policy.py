@@ -74,27 +74,12 @@ class PolicyReader:
         self.shape: tuple[Architecture, str] | None = None
         self.loaded: Path | None = None
 
-    def teacher_forced(self, source: PolicySource, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
-        """Log-probs and entropies of the response tokens of every sequence under the weights of `source`.
+    def trainer_with(self, source: PolicySource) -> Trainer:
+        """The trainer, holding the weights of `source` until another one is asked for.
 
         Raises:
-            ValueError: the source cannot be read, or is of a family that is not supported.
-            CheckpointError: the checkpoint is damaged.
+            ValueError, CheckpointError: as `teacher_forced`.
         """
-        if not sequences:
-            return []
-        return self._load(source).measure(sequences)
-
-    def sample(self, source: PolicySource, prompts: Sequence[Prompt], n: int) -> list[Group]:
-        """n completions of every prompt by the local engine with the weights of `source`."""
-        trainer = self._load(source)
-        if self.engine is None:
-            self.engine = build_engine(self._config(source), load_tokenizer(source.model), parallel.device())
-        self.engine.update_weights(trainer.hf_weights(), 0)
-        nothing, seed, world = [None] * len(prompts), self.settings.seed, self.groups.world
-        return collect(self.engine, list(prompts), nothing, n, self.sampling, seed, STREAM, world)
-
-    def _load(self, source: PolicySource) -> Trainer:
         if self.loaded == source.path and self.trainer is not None:
             return self.trainer
         hf_config = read_hf_config(source.model.path, source.model.trust_remote_code)
@@ -113,6 +98,26 @@ class PolicyReader:
             checkpoint.load(source.path, self.trainer.models, None, self.groups)
         self.loaded = source.path
         return self.trainer
+
+    def teacher_forced(self, source: PolicySource, sequences: Sequence[TrainingSequence]) -> list[SequenceStats]:
+        """Log-probs and entropies of the response tokens of every sequence under the weights of `source`.
+
+        Raises:
+            ValueError: the source cannot be read, or is of a family that is not supported.
+            CheckpointError: the checkpoint is damaged.
+        """
+        if not sequences:
+            return []
+        return self.trainer_with(source).measure(sequences)
+
+    def sample(self, source: PolicySource, prompts: Sequence[Prompt], n: int) -> list[Group]:
+        """n completions of every prompt by the local engine with the weights of `source`."""
+        trainer = self.trainer_with(source)
+        if self.engine is None:
+            self.engine = build_engine(self._config(source), load_tokenizer(source.model), parallel.device())
+        self.engine.update_weights(trainer.hf_weights(), 0)
+        nothing, seed, world = [None] * len(prompts), self.settings.seed, self.groups.world
+        return collect(self.engine, list(prompts), nothing, n, self.sampling, seed, STREAM, world)
 
     def _config(self, source: PolicySource) -> RunConfig:
         rollout = replace(self.sampling, temperature=self.sampling.temperature or 1.0)
