@@ -15,9 +15,9 @@ Norms, rotations and activations are left out on all sides. Three ways to score 
     swift, alone      blocks and head, no LM head: candidates that some other engine has sampled
     text reward model blocks and a scalar head; a real forward of the base's architecture, weights and layout
 
-Seconds are medians over repetitions in turn (so that a machine's moods meet all alike), per candidate: processor time of
-this process on a CPU, wall time after synchronisation on a GPU. The marginal ones are medians of differences; where the
-quartiles lie on both sides of zero they are smaller than what can be measured here.
+Seconds are medians over repetitions in turn (so that a machine's moods meet all alike), per candidate: processor time
+of this process on a CPU, wall time after synchronisation on a GPU. The marginal ones are medians of differences; where
+the quartiles lie on both sides of zero they are smaller than what can be measured here.
 """
 
 import time
@@ -31,7 +31,7 @@ from megatron_srft import distributed
 from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.sample import TrainingSequence
 from megatron_srft.trainer import parallel
-from megatron_srft.trainer.hidden_score import score_alone
+from megatron_srft.trainer.hidden_score import score_pass
 from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.trainer.trunk import text_rewards
 from megatron_srft.weights.architecture import Architecture
@@ -121,7 +121,7 @@ def measure_costs(
     ways: dict[str, Callable[[], object]] = {
         PASS: lambda: trainer.measure(sequences),
         MARGINAL: with_head,
-        ALONE: lambda: score_alone(trainer.policy, batches, local),
+        ALONE: lambda: score_pass(trainer.policy, batches, local),
         TEXT: lambda: text_rewards(trainer.policy, batches, weight),
     }
     times = {name: [] for name in ways}

@@ -9,7 +9,9 @@ and one sum over the ranks of the model replica, when the pass is done, complete
 layer, none is sent, and the pass's own communication does not change.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from megatron_srft.ops.gated_pooling import gated_mean, share_of_hidden
 from megatron_srft.sample import PackedBatch
 from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass
 from megatron_srft.trainer.tap import TapError, tapped
+from megatron_srft.trainer.trunk import run_trunk
 
 
 class StatesNotFinite(ValueError):
@@ -37,14 +40,33 @@ def scored_statistics_pass(
         StatesNotFinite: on every rank; says of which sequences.
         trainer.tap.TapError: a layer was not read.
     """
+    found, scores = _scored(statistics_pass, policy, microbatches, head)
+    return {index: replace(stats, hidden_score=scores[index]) for index, stats in found.items()}
+
+
+def score_pass(policy: Policy, microbatches: list[PackedBatch], head: RewardHead) -> dict[int, float | None]:
+    """The scores alone, of every sequence (by index) on every rank: no LM head, no log-probs.
+
+    Args and errors as of `scored_statistics_pass`.
+    """
+    return _scored(run_trunk, policy, microbatches, head)[1]
+
+
+Forward = Callable[[Policy, list[PackedBatch]], Any]
+
+
+def _scored(
+    forward: Forward, policy: Policy, microbatches: list[PackedBatch], head: RewardHead
+) -> tuple[Any, dict[int, float | None]]:
+    """What the forward pass returns, and the scores that were read off its layers."""
     models = [chunk.module for chunk in policy.chunks]
     projection = Projection(head, microbatches, policy.groups, models[0].config.sequence_parallel)
     with tapped(models, head.layers, projection.add):
-        found = statistics_pass(policy, microbatches)
+        found = forward(policy, microbatches)
     scores = _scores(projection.total(), microbatches, head)
     scores = {index: score for part in all_gather_objects(scores, policy.groups.data) for index, score in part.items()}
     _refuse_not_finite(scores)
-    return {index: replace(stats, hidden_score=scores[index][0]) for index, stats in found.items()}
+    return found, {index: score for index, (score, _, _) in scores.items()}
 
 
 class Projection:
