@@ -101,6 +101,19 @@ def test_a_benchmark_reports_errors_rates_and_absent_peers(tmp_path):
     assert ours["both of best"] == pytest.approx(ours["both TFLOP/s"] / found["ceilings"]["matmul TFLOP/s"])
 
 
+@pytest.mark.slow
+def test_the_sides_of_the_hidden_reward_score_alike():
+    size = ("--width", 64, "--ffn", 96, "--heads", 4, "--vocabulary", 200, "--layers", 2)
+    steps = ("--tokens", 64, "--length", 16, "--repeats", 1)
+    result = run(sys.executable, "benchmarks/hidden_reward.py", *size, *steps)
+    assert result.returncode == 0, result.stderr
+    title, scores, *sides = result.stdout.splitlines()
+    assert "2 layers of 64, 64 tokens in float32" in title
+    assert 0 < float(scores.rpartition(" ")[2]) < 1e-5
+    assert [line.split()[0] for line in sides] == ["alone", "streamed", "kept"]
+    assert sides[0].split()[3 if "CPU" in sides[0] else 2] == "1.0000x"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_suite_without_a_gpu_says_so(tmp_path):
     result = run("tools/gpu_suite.sh", tmp_path / "out", PYTHON=sys.executable)

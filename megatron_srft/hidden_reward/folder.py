@@ -33,7 +33,7 @@ def save_head(head: RewardHead, folder: Path | str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save({"weight": head.weight.detach().cpu().contiguous(), "bias": head.bias.detach().cpu()})
+    weights = save({name: getattr(head, name).detach().cpu().contiguous() for name in ("weight", "bias")})
     content = {"format": FORMAT, "weights_sha256": hashlib.sha256(weights).hexdigest(), **asdict(head.config)}
     _put(folder / WEIGHTS, weights)
     _put(folder / CONFIG, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

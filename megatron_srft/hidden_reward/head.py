@@ -23,6 +23,12 @@ from typing import Literal
 import torch
 
 HIDDEN, LOGITS = "hidden", "logits"
+CHOICES = {
+    "trained_on": (HIDDEN, LOGITS),
+    "normalisation": ("none", "rms"),
+    "last_token": ("excluded", "included"),
+}
+"""Values of the fields that have few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,9 @@ class HeadConfig:
     """How it was trained and what came out, for people; not compared."""
 
     def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         last, layers = self.base.num_layers, self.layers
         if not layers or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers must be ascending, each once, at least one; got {list(layers)}")
@@ -87,6 +96,9 @@ class HeadConfig:
             )
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon must be a finite number of at least 0, got {self.epsilon}")
+        absent = [name for name, own in self.training.items() if isinstance(own, float) and not math.isfinite(own)]
+        if absent:
+            raise ValueError(f"training.{absent[0]} is {self.training[absent[0]]}; leave out figures that do not exist")
 
     @property
     def features(self) -> int:

@@ -1,6 +1,7 @@
 """Heads: sizes as published, what fits, files, and the released code's state dicts."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 
@@ -55,6 +56,20 @@ def test_parameter_counts_are_the_papers(name, layers, hidden, vocabulary, param
 def test_layers_that_mean_nothing_are_refused(layers):
     with pytest.raises(ValueError, match="layers must be"):
         HeadConfig(base=TINY, layers=layers, prompt_format="")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"last_token": "both"}, "last_token must be excluded or included, got 'both'"),
+        ({"normalisation": "layer"}, "normalisation must be none or rms"),
+        ({"epsilon": float("nan")}, "epsilon must be a finite number"),
+        ({"training": {"epochs": 2, "auroc": float("nan")}}, "training.auroc is nan; leave out"),
+    ],
+)
+def test_other_values_are_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        HeadConfig(**{"base": TINY, "layers": (4,), "prompt_format": ""} | change)
 
 
 @pytest.mark.parametrize("change", [{"layers": (3,)}, {"normalisation": "rms"}])
@@ -184,8 +199,6 @@ def test_other_tensors_are_refused(tmp_path):
     save_head(make_head(), tmp_path)
     weights = tmp_path / "reward_head.safetensors"
     save_file({"weight": torch.zeros(5, 2, 8)}, weights)
-    import hashlib
-
     rewritten(tmp_path, lambda c: c.update(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest()))
     with pytest.raises(ValueError, match="must hold weight and bias, got weight"):
         load_head(tmp_path)

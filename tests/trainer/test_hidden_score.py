@@ -147,7 +147,7 @@ def measure(folder: str, heads: dict[str, str], layout: dict, budget: int, order
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_scores_are_those_of_stacked_hidden_states_in_every_layout(tmp_path, world_size):
     models, expected = {}, {}
     for family, tied in FAMILIES.items():
