@@ -18,7 +18,7 @@ from megatron_srft.config import SamplingConfig
 from megatron_srft.curation import settings
 from megatron_srft.curation.actions import FINAL, Machine, load_machine
 from megatron_srft.curation.harvest import harvest
-from megatron_srft.curation.output import Output, check_output
+from megatron_srft.curation.output import Output, check_outputs
 from megatron_srft.curation.problems import Problem, read_problems
 from megatron_srft.curation.selection import table
 from megatron_srft.curation.sources import Ask, Sample, Source, failed
@@ -138,7 +138,7 @@ def main(options: argparse.Namespace) -> int:
     """`megatron-srft data act`: print the counts; see data_command.py for the options."""
     config, mode = settings.read_config(options), settings.mode(options)
     selection, machine = settings.selection(options), load_machine(options.actions)
-    check_output(options.output, mode)
+    check_outputs([options.output], mode, options.files)
     problems = read_problems(options.files, config.data, options.max_problems or 0)
     recorded = settings.recorded(options, config) | {"actions": configuration.to_dict(machine)}
     # The machine has its own system message, and a prefix such as <think> would open every piece.

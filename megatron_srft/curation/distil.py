@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megatron_srft.config import SamplingConfig
 from megatron_srft.curation import settings
 from megatron_srft.curation.harvest import Produce, harvest
-from megatron_srft.curation.output import Output, check_output
+from megatron_srft.curation.output import Output, check_outputs
 from megatron_srft.curation.problems import Problem, read_problems
 from megatron_srft.curation.selection import table
 from megatron_srft.curation.sources import Ask, Sample, Source
@@ -31,7 +31,7 @@ def main(options: argparse.Namespace) -> int:
     """`megatron-srft data distil`: print the counts; see data_command.py for the options."""
     config, mode = settings.read_config(options), settings.mode(options)
     selection = settings.selection(options)
-    check_output(options.output, mode)
+    check_outputs([options.output], mode, options.files)
     problems = read_problems(options.files, config.data, options.max_problems or 0)
     with (
         settings.open_source(options, config.data) as source,

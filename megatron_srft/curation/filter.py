@@ -2,19 +2,22 @@
 
 Source: "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373), section 5: answers extracted from web text
 are kept when one of two answers of a strong model matches them. Rows are written as they are.
+
+The files are read twice, first to check every row before anything is asked; no more than a portion is in memory.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from megatron_srft.config import DataConfig, MathRewardConfig, RewardConfig
 from megatron_srft.curation import settings
 from megatron_srft.curation.distil import sampler
 from megatron_srft.curation.harvest import refuse_silence, verifiers, verify
-from megatron_srft.curation.output import Output, check_output
+from megatron_srft.curation.output import Output, check_output, check_outputs
 from megatron_srft.curation.problems import Problem
 from megatron_srft.curation.progress import Progress
 from megatron_srft.curation.rows import read_all, write_rows
@@ -40,27 +43,39 @@ COUNTS = {
     "kept": "written",
 }
 
-Respond = Callable[[Sequence[Problem], int], list[list[Sample]]]
-"""Responses to each problem; the number is that of the rows already written."""
+FATES = {name: Counter({"rows": 1, name: 1}) for name in COUNTS if name != "rows"}
+"""What a row adds to the counts; one object per fate, since a resumable output keeps those of every row."""
+
+Respond = Callable[[Sequence[Row], Sequence[Problem], int], list[list[Sample]]]
+"""Responses to the problem of each row; the number is that of the rows already written."""
 
 
 class Filter:
     """Decides about rows. The rules come in the order of COUNTS, and the first that applies gives the reason.
 
     Args:
+        data: says where a row's problem stands.
         max_characters: of a reference; None: no limit.
         respond: gives the responses of problems, of which `min_matched` must match; None: nothing is matched.
     """
 
-    def __init__(self, scorer: Scorer, rewards: Sequence[RewardConfig], max_characters: int | None, min_matched: int,
-                 respond: Respond | None):  # fmt: skip
-        self.scorer, self.max_characters = scorer, max_characters
+    def __init__(
+        self,
+        scorer: Scorer,
+        rewards: Sequence[RewardConfig],
+        data: DataConfig,
+        max_characters: int | None,
+        min_matched: int,
+        respond: Respond | None,
+    ):
+        self.scorer, self.data, self.max_characters = scorer, data, max_characters
         self.min_matched, self.respond = min_matched, respond
         verifier = next(reward for reward in verifiers(rewards) if reward.kind != "format")
         self.probe = f"{verifier.answer_after} {PROBE}" if isinstance(verifier, MathRewardConfig) else None
 
-    def fates(self, problems: Sequence[Problem], done: int) -> list[str]:
+    def fates(self, rows: Sequence[Row], done: int) -> list[str]:
         """The count under which each row falls."""
+        problems = [_problem(row, self.data) for row in rows]
         fates = [self._by_text(problem.record.answer) for problem in problems]
         if self.probe is not None:
             left = [i for i, fate in enumerate(fates) if fate == "kept"]
@@ -69,7 +84,8 @@ class Filter:
                 fates[i] = "kept" if is_readable else "unreadable_answer"
         left = [i for i, fate in enumerate(fates) if fate == "kept"]
         if self.respond is not None and left:
-            for i, fate in zip(left, self._matched([problems[i] for i in left], done), strict=True):
+            matched = self._matched([rows[i] for i in left], [problems[i] for i in left], done)
+            for i, fate in zip(left, matched, strict=True):
                 fates[i] = fate
         return fates
 
@@ -78,8 +94,8 @@ class Filter:
             return "no_answer"
         return "long_answer" if self.max_characters is not None and len(answer) > self.max_characters else "kept"
 
-    def _matched(self, problems: Sequence[Problem], done: int) -> list[str]:
-        responses = self.respond(problems, done)
+    def _matched(self, rows: Sequence[Row], problems: Sequence[Problem], done: int) -> list[str]:
+        responses = self.respond(rows, problems, done)
         fates = []
         for some, scores in zip(responses, verify(problems, responses, self.scorer), strict=True):
             matched = sum(score is not None and score.correct is True for score in scores)
@@ -103,46 +119,47 @@ def _is_plain(normal_form: str) -> bool:
 # ---------------------------------------------------------------- responses
 
 
-def open_responses(
-    options: argparse.Namespace, problems: Sequence[Problem], rows: Sequence[Row], data: DataConfig, opened: ExitStack
-) -> Respond | None:
-    """Where responses come from: a model, a file, or the rows' own field `responses`; None when none are asked for.
-
-    Raises ValueError when there are none.
-    """
+def open_responses(options: argparse.Namespace, data: DataConfig, opened: ExitStack) -> Respond | None:
+    """Where responses come from: a model, a file, or the rows' own field `responses`; None when none are asked for."""
     if options.min_matched is None:
         return None
-    if options.model is not None:
-        source = opened.enter_context(settings.open_source(options, data))
-        draw = sampler(source, settings.sampling(options), options.samples, options.seed)
+    if options.responses is not None:
+        given = _by_id(options.responses)
+        return lambda rows, problems, done: [given.get(problem.id, []) for problem in problems]
+    if options.model is None:
+        return lambda rows, problems, done: [_own_responses(row) for row in rows]
+    source = opened.enter_context(settings.open_source(options, data))
+    draw = sampler(source, settings.sampling(options), options.samples, options.seed)
 
-        def drawn(some: Sequence[Problem], done: int) -> list[list[Sample]]:
-            responses = draw(some)
-            refuse_silence(responses, done > 0, source, done)
-            return responses
+    def drawn(rows: Sequence[Row], problems: Sequence[Problem], done: int) -> list[list[Sample]]:
+        responses = draw(problems)
+        refuse_silence(responses, done > 0, source, done)
+        return responses
 
-        return drawn
-    joined = options.responses is not None
-    given = _given(read_all([options.responses]) if joined else rows, joined)
-    if not any(given.values()):
-        raise ValueError(
-            "--min-matched needs responses, and no row has the field responses; give --model or --responses"
-        )
-    return lambda some, done: [given.get(p.id if joined else p.record.where, []) for p in some]
+    return drawn
 
 
-def _given(rows: Sequence[Row], joined: bool) -> dict[str, list[Sample]]:
-    """Responses by id, where several rows add up, or by the place of their row."""
+def _own_responses(row: Row) -> list[Sample]:
+    return [] if row.fields.get("responses") is None else _responses(row, "a list of texts in the field responses")
+
+
+def _by_id(file: str) -> dict[str, list[Sample]]:
+    """The responses of a file; several rows of one id add up. Raises ValueError for a row without id or responses."""
     given: dict[str, list[Sample]] = {}
-    for row in rows:
-        key, texts = (schema.parse_id(row) if joined else row.where), row.fields.get("responses")
-        texts = [] if texts is None and not joined else texts
-        if key is None or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"{row.where}: needs {'an id and ' if joined else ''}a list of texts in the field responses"
-            )
-        given.setdefault(key, []).extend(Sample(text=text, finish_reason="stop") for text in texts)
+    needed = "an id and a list of texts in the field responses"
+    for row in read_all([file]):
+        key = schema.parse_id(row)
+        if key is None:
+            raise ValueError(f"{row.where}: needs {needed}")
+        given.setdefault(key, []).extend(_responses(row, needed))
     return given
+
+
+def _responses(row: Row, needed: str) -> list[Sample]:
+    texts = row.fields.get("responses")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{row.where}: needs {needed}")
+    return [Sample(text=text, finish_reason="stop") for text in texts]
 
 
 # ---------------------------------------------------------------- command
@@ -151,32 +168,29 @@ def _given(rows: Sequence[Row], joined: bool) -> dict[str, list[Sample]]:
 def main(options: argparse.Namespace) -> int:
     """`megatron-srft data filter`: print the counts; see data_command.py for the options."""
     config, mode = settings.read_config(options), settings.mode(options)
-    _check(options)
-    check_output(options.output, mode)
-    rows = read_all(options.files, options.max_problems)
-    problems = [_problem(row, config.data) for row in rows]
+    _check(options, mode)
+    total = _check_rows(options, config.data)
     with ExitStack() as opened:
-        respond = open_responses(options, problems, rows, config.data, opened)
+        respond = open_responses(options, config.data, opened)
         scorer = opened.enter_context(settings.open_scorer(config.rewards))
         output = opened.enter_context(Output(options.output, settings.recorded(options, config), mode))
-        rules = Filter(scorer, config.rewards, options.max_answer_characters, options.min_matched, respond)
-        progress = Progress(len(rows), "rows")
-        waiting = [pair for pair in zip(rows, problems, strict=True) if pair[0].where not in output.done]
-        for start in range(0, len(waiting), PORTION):
-            some = waiting[start : start + PORTION]
-            fates = rules.fates([problem for _, problem in some], len(output.done))
-            for (row, _), fate in zip(some, fates, strict=True):
-                output.add(row.where, row.fields if fate == "kept" else None, Counter({"rows": 1, fate: 1}))
+        limit, matched = options.max_answer_characters, options.min_matched
+        rules = Filter(scorer, config.rewards, config.data, limit, matched, respond)
+        progress = Progress(total, "rows")
+        waiting = (row for row in read_all(options.files, options.max_problems) if row.where not in output.done)
+        while some := list(islice(waiting, PORTION)):
+            for row, fate in zip(some, rules.fates(some, len(output.done)), strict=True):
+                output.add(row.where, row.fields if fate == "kept" else None, FATES[fate])
             progress.show(len(output.done), f"{output.counts['kept']:,} kept")
     if options.dropped is not None:
-        _write_dropped(options.dropped, rows, output)
+        _write_dropped(options.dropped, read_all(options.files, options.max_problems), output)
     if not output.counts["kept"]:
         raise CurationError(f"no row is left, so {options.output} is not written:\n{table(output.counts, COUNTS)}")
     print(table(output.counts, COUNTS))
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, mode: str) -> None:
     if options.model is not None and options.responses is not None:
         raise ValueError("--model draws responses and --responses gives them; choose one")
     if options.url is not None and options.model is None:
@@ -187,8 +201,27 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--min-matched {options.min_matched} can never be reached with --samples {options.samples}")
     if options.model is not None and options.temperature == 0 and options.samples > 1:
         raise ValueError("--samples above 1 needs --temperature above 0 (greedy answers are all the same)")
-    if options.dropped is not None:
-        check_output(options.dropped, "overwrite")
+    inputs = [*options.files, *filter(None, [options.responses])]
+    check_output(options.output, mode)
+    check_outputs([options.output, options.dropped], "overwrite", inputs)  # what was dropped is written anew each time
+
+
+def _check_rows(options: argparse.Namespace, data: DataConfig) -> int:
+    """The number of rows.
+
+    Raises ValueError for a row that is wrong, or when responses are to come out of the rows and none has any.
+    """
+    total, with_responses = 0, 0
+    inside = options.min_matched is not None and options.model is None and options.responses is None
+    for row in read_all(options.files, options.max_problems):
+        _problem(row, data)
+        total += 1
+        with_responses += inside and bool(_own_responses(row))
+    if inside and not with_responses:
+        raise ValueError(
+            "--min-matched needs responses, and no row has the field responses; give --model or --responses"
+        )
+    return total
 
 
 def _problem(row: Row, data: DataConfig) -> Problem:
@@ -196,9 +229,9 @@ def _problem(row: Row, data: DataConfig) -> Problem:
     return Problem(record=record, messages=record.messages)
 
 
-def _write_dropped(path: Path, rows: Sequence[Row], output: Output) -> None:
+def _write_dropped(path: Path, rows: Iterator[Row], output: Output) -> None:
     """Every row that was left out, with its place and the reason."""
-    reasons = {row.where: next(name for name in output.done[row.where] if name != "rows") for row in rows}
-    dropped = [row for row in rows if reasons[row.where] != "kept"]
-    fields = [({**row.fields, "reason": reasons[row.where], "where": row.where}, row.where) for row in dropped]
+    reasons = ((row, next(name for name in output.done[row.where] if name != "rows")) for row in rows)
+    dropped = ((row, reason) for row, reason in reasons if reason != "kept")
+    fields = (({**row.fields, "reason": reason, "where": row.where}, row.where) for row, reason in dropped)
     write_rows(path, fields, "overwrite")

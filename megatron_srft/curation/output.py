@@ -7,6 +7,7 @@ behind it. A row is written before its line in the journal, so what FILE holds b
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -26,6 +27,18 @@ def check_output(path: Path, mode: str) -> None:
     if mode == "new" and (path.exists() or journal_of(path).exists()):
         journal = " (its journal is)" if not path.exists() else ""
         raise ValueError(f"{path} is already there{journal}; give --overwrite, or --resume where the tool has it")
+
+
+def check_outputs(paths: Sequence[Path | None], mode: str, inputs: Sequence[str]) -> None:
+    """`check_output` of the output and of what is written beside it, each a file of its own and none of the inputs."""
+    taken = {Path(file).resolve() for file in inputs}
+    for path in paths:
+        if path is None:
+            continue
+        check_output(path, mode)
+        if path.resolve() in taken:
+            raise ValueError(f"{path} is named twice; what is read and whatever is written need files of their own")
+        taken.add(path.resolve())
 
 
 def as_json(fields: dict[str, Any], where: str) -> str:

@@ -39,7 +39,8 @@ def read_problems(files: Sequence[str], data: DataConfig, max_problems: int = 0)
         ValueError: a file or row is wrong, with file and line, or a problem has no answer to verify against.
     """
     kept = read_records(files, "the command line", replace(data, prompt_template=None), DataReport(), max_problems)
-    asked = read_records(files, "the command line", data, DataReport(), max_problems)
+    templated = data.prompt_template is not None
+    asked = read_records(files, "the command line", data, DataReport(), max_problems) if templated else kept
     for record in kept:
         if record.answer is None:
             raise ValueError(

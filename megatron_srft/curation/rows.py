@@ -1,7 +1,11 @@
-"""Rows of data files with all their fields, read and written as they are."""
+"""Rows of data files with all their fields, read and written as they are, one at a time.
+
+Long demonstrations make files of many gigabytes, so a tool that needs the rows twice reads them twice.
+"""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,16 @@ ALL_COLUMNS: frozenset[str] = frozenset()
 """For read_rows: no column in particular, so every one."""
 
 
-def read_all(files: Sequence[str], max_rows: int | None = None) -> list[Row]:
-    """Every row of the files, in order. Raises ValueError for a file or row that cannot be read."""
-    rows: list[Row] = []
+def read_all(files: Sequence[str], max_rows: int | None = None) -> Iterator[Row]:
+    """Every row of the files, in order; of each file the first `max_rows`.
+
+    Raises ValueError for a file or row that cannot be read, or a file that is named twice.
+    """
+    twice = next((file for file in files if list(files).count(file) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice")
     for file in files:
-        some = list(read_rows(Path(file), ALL_COLUMNS, RowCounts()))
-        rows += some[:max_rows]
-    return rows
+        yield from islice(read_rows(Path(file), ALL_COLUMNS, RowCounts()), max_rows)
 
 
 def text_of(row: Row, field: str | None, data: DataConfig) -> str:

@@ -1,5 +1,8 @@
 """MinHash against exact sets, banding against its formula, and the command against a comparison of all pairs."""
 
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 from curation_files import counts_of, rows_of
@@ -142,3 +145,34 @@ def test_nothing_left_is_no_empty_file(write, data, tmp_path):
     rows = write("rows.jsonl", BENCHMARK)
     code, _, error = data("duplicates", rows, "--output", output, "--against", write("b.jsonl", BENCHMARK))
     assert code == 1 and "every row repeats a row of --against" in error and not output.exists()
+
+
+def test_what_is_read_is_not_written_over(write, data, tmp_path):
+    """Nor two outputs into one file; the rows are read a second time while they are written."""
+    rows, output = write("rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    for arguments in ((rows, "--output", rows), (rows, "--output", output, "--pairs", output)):
+        code, _, error = data("duplicates", *arguments, "--overwrite")
+        assert code == 2 and "is named twice; what is read" in error
+    code, _, error = data("duplicates", rows, rows, "--output", output)
+    assert code == 2 and "rows.jsonl is named twice" in error
+    assert rows_of(rows) == ROWS and not output.exists()
+
+
+EXACT = ("--reward", "exact", "--answer-after", "#")
+
+
+def test_rows_are_not_kept_in_memory(data, tmp_path):
+    """Of rows of 100 kB each, which long demonstrations make, a few MB at most are held at a time."""
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    with rows.open("w") as file:
+        for number in range(300):
+            file.write(json.dumps({"problem": f"{number} apples", "answer": "1", "target": str(number % 10) * 100_000}))
+            file.write("\n")
+    data("statistics", rows, "--ngram", 1)  # so that no import counts
+    for tool in (("duplicates",), ("filter", *EXACT)):
+        tracemalloc.start()
+        code, out, error = data(*tool, rows, "--output", output, "--overwrite")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert code == 0 and counts_of(out)["kept"] == 300 == len(rows_of(output)), error
+        assert peak < 15e6, f"{tool[0]}: {peak / 1e6:.0f} MB for a file of 30 MB"
