@@ -7,6 +7,7 @@ On demonstrations A = 1, which is PSFT (arXiv 2508.17784); on dumped rollouts A 
 which is GRPO; a token of advantage 0 has no gradient to clip and is not counted.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -54,6 +55,12 @@ class Clipped:
     by_token: list[ClippedToken]
 
 
+def check_clips(clip_low: float, clip_high: float) -> None:
+    """Raises ConfigError unless 0 <= clip_low <= 1 and clip_high is at least 0 and finite."""
+    require(0 <= clip_low <= 1, f"--clip-low must lie in [0, 1], not {clip_low:g}")
+    require(0 <= clip_high < math.inf, f"--clip-high must be a number of at least 0, not {clip_high:g}")
+
+
 def clipped_tokens(
     sequences: Sequence[TrainingSequence],
     old: Sequence[SequenceStats],
@@ -64,10 +71,8 @@ def clipped_tokens(
     """Count, from teacher-forced statistics of the same sequences.
 
     Raises:
-        ConfigError: clip_low does not lie in [0, 1], clip_high is negative, or no token has an advantage.
+        ConfigError: no token has an advantage.
     """
-    require(0 <= clip_low <= 1, f"--clip-low must lie in [0, 1], not {clip_low:g}")
-    require(clip_high >= 0, f"--clip-high must not be negative, not {clip_high:g}")
     advantages = np.concatenate([one.advantages for one in sequences]) if sequences else np.zeros(0)
     has = advantages != 0
     require(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_srft import errors
 
+PAGES = (".html", ".htm")
 SOURCE = "checkpoint (RUN/checkpoints/step-NNNNNN) or Hugging Face folder"
 
 
@@ -16,6 +17,8 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     def body() -> int:
+        if options.output.suffix not in PAGES:
+            raise ValueError(f"--output {options.output} is a page, with its figures beside it; end its name in .html")
         from megatron_srft.analyze_command import commands
 
         return commands.COMMANDS[options.what](options)

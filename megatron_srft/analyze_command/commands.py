@@ -13,7 +13,7 @@ from megatron_srft.analysis.comparison_page import write_comparison
 from megatron_srft.analysis.page import facts, table
 from megatron_srft.analysis.policy import PolicyReader, PolicySource, common_tokenizer, measuring, reading
 from megatron_srft.analyze_command.references import read_references
-from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig
+from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig, require
 from megatron_srft.distributed import is_main
 from megatron_srft.errors import launched_rank
 from megatron_srft.policy_sources import find_settings, find_source, find_sources
@@ -81,6 +81,7 @@ def show_trajectory(options: argparse.Namespace) -> int:
 
 def show_clipped(options: argparse.Namespace) -> int:
     """`analyze clipped`."""
+    clipping.check_clips(options.clip_low, options.clip_high)
     old, new = (find_source(path, options.hf_model) for path in (options.old, options.new))
     tokenizer, settings = common_tokenizer([old, new]), _settings(options, new)
     with reading(settings, _layout(options)) as reader:
@@ -178,7 +179,7 @@ def _settings(options: argparse.Namespace, source: PolicySource) -> RunConfig:
 def _texts(
     options: argparse.Namespace, reader: PolicyReader, sources: dict[str, PolicySource], tokenizer: Any
 ) -> list[TrainingSequence]:
-    """What --texts asks for; rollout dumps are taken as they are."""
+    """What --texts asks for; rollout dumps are taken as they are. Raises ConfigError when there is no text."""
     if options.texts == "demonstrations" or _are_dumps(options.files):
         return _given_texts(options, reader.settings, tokenizer)
     prompts = sequences.read_prompts(options.files, reader.settings, tokenizer, options.max_problems)
@@ -186,9 +187,11 @@ def _texts(
 
 
 def _given_texts(options: argparse.Namespace, settings: RunConfig, tokenizer: Any) -> list[TrainingSequence]:
-    """Demonstrations of data files, or completions of rollout dumps."""
+    """Demonstrations of data files, or completions of rollout dumps. Raises ConfigError when there are none."""
     if _are_dumps(options.files):
-        return sequences.dumped(options.files, settings, options.max_problems)
+        found = sequences.dumped(options.files, settings, options.max_problems)
+        require(bool(found), f"{', '.join(map(str, options.files))}: no completion in these dumps; take other ones")
+        return found
     prompts = sequences.read_prompts(options.files, settings, tokenizer, options.max_problems)
     return sequences.demonstrations(prompts, options.files)
 

@@ -26,7 +26,8 @@ def read_references(
     """Name -> texts of each --reference NAME=PATH.
 
     Raises:
-        ConfigError: a reference is not NAME=PATH, has a name twice, or is a model and there are no --prompts.
+        ConfigError: a reference is not NAME=PATH, has a name twice, is a model and there are no --prompts, or has no
+            text that the policies could be measured on.
     """
     named: dict[str, Path] = {}
     for text in options.reference:
@@ -68,6 +69,11 @@ def _generated(
     lost = len(groups) * options.samples - len(texts)
     if lost and is_main():
         print(f"reference {folder}: {lost} texts left out: empty, or their prompt is too long for the policies")
+    if not texts:
+        raise ConfigError(
+            f"the reference {folder} has no text left of its {lost} answers to {', '.join(map(str, options.prompts))}: "
+            "they are empty, or their prompts too long for the policies; take other --prompts or data.max_prompt_tokens"
+        )
     return texts
 
 

@@ -5,12 +5,14 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import write_inputs
+from safetensors.torch import load_file, save_file
 from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatron_srft import cli
 from megatron_srft import config as configuration
 from megatron_srft.metrics import is_training, read_metrics
-from megatron_srft.rollout import load_dump
+from megatron_srft.rollout import dump, load_dump
 from megatron_srft.train import run_training
 
 WHOLE = {"prompts_per_step": 12, "tokens_per_microbatch": 64}
@@ -164,6 +166,12 @@ def others(folder) -> Path:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["wait"])
     tokenizer.save_pretrained(folder / "words")
+    mute = make_model("qwen2", folder / "mute", num_hidden_layers=2, tokenizer=True)
+    weights = load_file(mute / "model.safetensors")
+    save_file(weights | {"lm_head.weight": 0 * weights["lm_head.weight"]}, mute / "model.safetensors", {"format": "pt"})
+    rollouts = load_dump(folder / "runs" / "grpo" / "rollouts" / "step-000000.jsonl.zst")
+    shown = [replace(group, completions=(), scores=()) for group in rollouts]
+    dump(shown, folder / "shown.jsonl.zst")
     (folder / "empty.jsonl").write_text("")
     ppo = (folder / "config.yaml").read_text().replace("kind: grpo", "kind: ppo")
     (folder / "ppo.yaml").write_text(ppo)
@@ -185,6 +193,11 @@ def others(folder) -> Path:
     ("clipped model runs/psft/hf/final runs/grpo/rollouts/step-000000.jsonl.zst --config ppo.yaml",
      "the run's advantages hold a critic's values or a divergence"),
     ("clipped model runs/psft/hf/final train.jsonl --tensor 2", "parallel.tensor x parallel.pipeline = 2 x 1"),
+    ("clipped model runs/psft/hf/final train.jsonl --clip-high inf", "--clip-high must be a number of at least 0, not"),
+    ("clipped nowhere nowhere train.jsonl --clip-low 2", "--clip-low must lie in [0, 1], not 2"),
+    ("probabilities model runs/psft/hf/final shown.jsonl.zst", "shown.jsonl.zst: no completion in these dumps"),
+    ("trajectory runs/psft --reference mute=mute --prompts bare.jsonl --temperature 0",
+     "the reference mute has no text left of its 1 answers to bare.jsonl"),
     ("trajectory runs/psft --reference model", "--reference 'model' must look like NAME=PATH"),
     ("trajectory runs/psft --reference base=model", "the reference model is a model and needs prompts to answer"),
     ("trajectory runs/psft runs/psft --reference a=train.jsonl", "is named twice"),
@@ -197,6 +210,14 @@ def test_a_mistake_is_one_sentence_and_status_2(others, arguments, message, monk
     assert cli.main(["analyze", *arguments.split(), "--output", "never.html"]) == 2
     assert message in capfd.readouterr().err.strip().splitlines()[-1]
     assert not Path("never.html").exists()
+
+
+def test_the_figures_do_not_take_the_place_of_the_page(others, monkeypatch, capfd):
+    monkeypatch.chdir(others)
+    for command in (["compare", "runs/psft"], ["entropy", "model", "train.jsonl"]):
+        assert cli.main(["analyze", *command, "--output", "never.json"]) == 2
+        assert "--output never.json is a page, with its figures beside it" in capfd.readouterr().err
+    assert not Path("never.json").exists()
 
 
 @pytest.mark.parametrize("what", ["probabilities", "trajectory", "clipped", "entropy", "compare"])
