@@ -4,6 +4,8 @@ import importlib
 import json
 import random
 import re
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples" / "arithmetic"))
         patch.syspath_prepend(str(ROOT / "examples" / "study"))
-        names = ("task", "base_model", "methods", "measure", "tables", "study")
+        names = ("make_data", "task", "base_model", "methods", "measure", "tables", "study")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -114,6 +116,66 @@ def test_when_time_is_up_nothing_is_started(modules, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_run_is_not_a_failed_one(modules, tmp_path):
+    """Ctrl-C in a terminal reaches the runs too, here before they can save: 130, or the signal itself."""
+    log = tmp_path / "log"
+    log.write_text("some steps\nerror: no room\n\n")
+    for status in (0, 130, -signal.SIGINT, -signal.SIGTERM):
+        assert "interrupted" in modules["study"].unfinished(status, log)
+    for status in (1, 2, -signal.SIGKILL):
+        assert f"failed with status {status}; error: no room" in modules["study"].unfinished(status, log)
+
+
+class Interrupted(Exception):
+    """Ctrl-C at a moment of our choice."""
+
+
+def interrupt(*arguments, **named):
+    raise Interrupted
+
+
+def test_what_an_interruption_leaves_does_not_look_whole(modules, tmp_path, monkeypatch):
+    """train.jsonl and config.json, which `prepare` and `make demo` look for, come last."""
+    task, make_data, pretrain = modules["task"], modules["make_data"], modules["base_model"].pretrain
+    tokenizer = pretrain.make_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", interrupt)
+    with pytest.raises(Interrupted):
+        pretrain.save(pretrain.make_model("tiny", tokenizer), tokenizer, tmp_path / "base")
+    assert list((tmp_path / "base").iterdir()) == []
+    makers = {
+        task: lambda folder: task.make(folder, task.Setting()),
+        make_data: lambda folder: make_data.make(folder, 0, 60, 20, 20, 0.5),
+    }
+    for module, make in makers.items():
+        folder, whole = tmp_path / module.__name__, module.write_rows
+        some = lambda path, *rest, whole=whole: interrupt() if path.stem == "ood" else whole(path, *rest)  # noqa: E731
+        monkeypatch.setattr(module, "write_rows", some)
+        with pytest.raises(Interrupted):
+            make(folder)
+        assert (folder / "heldout.jsonl").exists() and not (folder / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--methods grpo,nope", "unknown method nope; there are sft,"),
+    ("--jobs 0", "--jobs: must be a whole number of at least 1, not 0"),
+    ("--seeds 0", "--seeds: must be a whole number of at least 1, not 0"),
+    ("--hours -1", "--hours: must be a number of at least 0, not -1"),
+    ("--target 75", "--target: must be a number above 0 and at most 1, not 75"),
+])  # fmt: skip
+def test_wrong_options(modules, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        modules["study"].main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_is_where_the_command_was_given(modules, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--folder", "mine", "--methods", "grpo,sft,grpo"])
+    monkeypatch.setattr(modules["study"], "conduct", lambda study, methods, *rest: (study.folder.resolve(), methods))
+    assert modules["study"].main() == (tmp_path / "mine", ["grpo", "sft"])
+
+
 def test_entropy_and_nll_are_those_of_each_sequence_alone(modules, tmp_path):
     """Padding, batching and the prompt have no part in the means."""
     make_model("qwen2", tmp_path, tied=True, num_hidden_layers=2)
@@ -167,9 +229,12 @@ def test_a_small_study(modules, tmp_path, capsys):
     assert all(f"| {name} |" in table for name in ("sft", "grpo", "base model"))
     assert (place.folder / "comparison.html").exists()
 
+    place.cost_file("sft", 0).unlink()  # as when the study was killed and the run went on to its end
     before = (place.folder / "sft-s0" / "metrics.jsonl").stat().st_mtime_ns
     assert study.conduct(place, ["sft", "grpo"], seeds=1, jobs=1, hours=0.1, target=0.1) == 0
     assert (place.folder / "sft-s0" / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run was run again"
+    again = json.loads((place.folder / "results.json").read_text())["spent"]
+    assert again["grpo"] == results["spent"]["grpo"] and "CPU seconds" not in again["sft"][0]
 
 
 def metrics(place, method: str) -> list[dict]:

@@ -63,23 +63,31 @@ def distinct_problems(generator: random.Random, lengths: tuple[int, ...], count:
 
 def write_rows(path: Path, prompts: list[str], with_demonstration: set[str]) -> None:
     """Write one JSON object per prompt: id, prompt, answer and, for some, demonstration."""
-    with path.open("w", encoding="utf-8") as file:
-        for number, prompt in enumerate(prompts):
-            row = {"id": f"{path.stem}/{number}", "prompt": prompt, "answer": solve(prompt)}
-            if prompt in with_demonstration:
-                row["demonstration"] = worked_solution(prompt)
-            file.write(json.dumps(row) + "\n")
+    lines = []
+    for number, prompt in enumerate(prompts):
+        row = {"id": f"{path.stem}/{number}", "prompt": prompt, "answer": solve(prompt)}
+        if prompt in with_demonstration:
+            row["demonstration"] = worked_solution(prompt)
+        lines.append(json.dumps(row) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears under its name when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def make(folder: Path, seed: int, train: int, heldout: int, ood: int, demonstration_share: float) -> None:
-    """Write the three files into `folder`; no problem occurs twice."""
+    """Write the three files into `folder`, train.jsonl last; no problem occurs twice."""
     generator, taken = random.Random(seed), set()
     folder.mkdir(parents=True, exist_ok=True)
     train_prompts = distinct_problems(generator, TRAIN_OPERANDS, train, taken)
     demonstrated = set(generator.sample(train_prompts, round(train * demonstration_share)))
-    write_rows(folder / "train.jsonl", train_prompts, demonstrated)
     write_rows(folder / "heldout.jsonl", distinct_problems(generator, TRAIN_OPERANDS, heldout, taken), set())
     write_rows(folder / "ood.jsonl", distinct_problems(generator, OOD_OPERANDS, ood, taken), set())
+    write_rows(folder / "train.jsonl", train_prompts, demonstrated)
     print(f"{folder}: {train} prompts to train on, {len(demonstrated)} of them with a demonstration;", end=" ")
     print(f"{heldout} held out, {ood} out of distribution")
 

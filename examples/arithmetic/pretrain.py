@@ -12,6 +12,7 @@ in 10 right, which is chance. That is the gap that fine-tuning has to close.
 
 import argparse
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,9 +189,16 @@ def share_right(model: Qwen2ForCausalLM, batch: Batch) -> float:
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder: config, generation config, safetensors and tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write a Hugging Face folder: config, generation config, safetensors and tokenizer.
+
+    config.json comes last: a folder that has one is whole, also when this was interrupted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
 
 
 def main() -> None:

@@ -34,6 +34,10 @@ from methods import METHODS, QUICK, Budget, Settings  # noqa: E402
 from tables import write_results  # noqa: E402
 
 from megatron_srft.config import merge  # noqa: E402
+from megatron_srft.data_command import number  # noqa: E402
+
+ENDED_BY_SIGNAL = (-signal.SIGTERM, -signal.SIGINT, 130)
+"""Status of a run that was asked to end before its first step, so with nothing to save. Ctrl-C reaches it as well."""
 
 FULL, SHORT = Budget(), Budget(steps=40)
 """What a run may spend in the full and in the quick form."""
@@ -127,12 +131,15 @@ def run_one(study: Study, method: str, seed: int, deadline: float, stop: threadi
     }
     path = study.cost_file(method, seed)
     attempts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    path.write_text(json.dumps([*attempts, attempt], indent=2) + "\n", encoding="utf-8")
-    if study.is_finished(method, seed):
-        return None
-    if process.returncode in (0, -signal.SIGTERM):  # the latter: before its first step, so with nothing to save
+    task.write_whole(path, json.dumps([*attempts, attempt], indent=2) + "\n")
+    return None if study.is_finished(method, seed) else unfinished(process.returncode, log)
+
+
+def unfinished(status: int, log: Path) -> str:
+    """Why a run has ended without its model."""
+    if status in (0, *ENDED_BY_SIGNAL):
         return "interrupted; the same command goes on with it"
-    return f"failed with status {process.returncode}; {last_line(log)} (all of it: {log})"
+    return f"failed with status {status}; {last_line(log)} (all of it: {log})"
 
 
 def wait(process: subprocess.Popen, deadline: float, stop: threading.Event) -> float:
@@ -203,18 +210,24 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"one seed, {SHORT.steps} steps, of " + ", ".join(QUICK))
     parser.add_argument("--folder", type=Path, help="where runs and results go [runs/study, runs/study-quick]")
     parser.add_argument("--methods", help="names separated by commas [all]: " + ", ".join(METHODS))
-    parser.add_argument("--seeds", type=int, help="seeds of each method [5, quick: 1]")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each [2]")
-    parser.add_argument("--hours", type=float, default=3.0, help="then stop and save the runs; 0: results only [3]")
-    parser.add_argument("--target", type=float, default=0.75, help="accuracy whose cost is compared [0.75]")
+    parser.add_argument("--seeds", type=number(int, 1), help="seeds of each method [5, quick: 1]")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs side by side, one thread each [2]")
+    parser.add_argument(
+        "--hours", type=number(float, 0), default=3.0, help="then stop and save the runs; 0: results only [3]"
+    )
+    parser.add_argument(
+        "--target", type=number(float, 0, 1, above=True), default=0.75, help="accuracy whose cost is compared [0.75]"
+    )
     options = parser.parse_args()
-    methods = options.methods.split(",") if options.methods else list(QUICK if options.quick else METHODS)
+    named = dict.fromkeys(options.methods.split(",")) if options.methods else None
+    methods = list(named or (QUICK if options.quick else METHODS))
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         parser.error(f"unknown method {unknown[0]}; there are {', '.join(METHODS)}")
+    folder = Path(os.path.relpath(options.folder, ROOT)) if options.folder else None
     os.chdir(ROOT)
     study = Study(
-        folder=options.folder or Path("runs") / ("study-quick" if options.quick else "study"),
+        folder=folder or Path("runs") / ("study-quick" if options.quick else "study"),
         base=HERE.relative_to(ROOT) / "base",
         data=HERE.relative_to(ROOT) / "data",
         budget=SHORT if options.quick else FULL,

@@ -11,7 +11,7 @@ from typing import Any
 
 from measure import measure
 from methods import BASELINE
-from task import HELD_OUT
+from task import HELD_OUT, write_whole
 
 from megatron_srft.analysis.compare import Comparison, Spread, cell, compare_runs, markdown
 from megatron_srft.analysis.comparison_page import write_comparison
@@ -36,16 +36,22 @@ def measured(model_folder: Path, data: Path, kept_in: Path) -> Figures:
     """The figures of a model, kept in a file beside it, since a finished run does not change."""
     if not kept_in.exists():
         figures = measure(model_folder, data, MAX_NEW_TOKENS)
-        kept_in.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_whole(kept_in, json.dumps(figures, indent=2) + "\n")
     return json.loads(kept_in.read_text(encoding="utf-8"))
 
 
 def spent(run_folder: Path, cost_file: Path) -> Figures:
-    """What a run used, from its metrics; its processor time with start-up and evaluations, over all attempts."""
+    """What a run used, from its metrics; its processor time with start-up and evaluations, over all attempts.
+
+    There is no processor time of an attempt that outlived a killed study.
+    """
     run = load_run(run_folder)
     totals = {name: sum(v for _, v in run.series(f"count/{name}")) for name in ("completions", "demonstrations")}
-    attempts = json.loads(cost_file.read_text(encoding="utf-8"))
-    return totals | {"updates": run.steps_done, "CPU seconds": sum(attempt["cpu_seconds"] for attempt in attempts)}
+    totals["updates"] = run.steps_done
+    if cost_file.exists():
+        attempts = json.loads(cost_file.read_text(encoding="utf-8"))
+        totals["CPU seconds"] = sum(attempt["cpu_seconds"] for attempt in attempts)
+    return totals
 
 
 def write_results(

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 HELD_OUT = ("heldout", "harder", "ood")
 sys.path.insert(0, str(HERE.parent / "arithmetic"))
 
-from make_data import MODULUS, distinct_problems, steps  # noqa: E402
+from make_data import MODULUS, distinct_problems, steps, write_whole  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +86,17 @@ def demonstration(prompt: str, setting: Setting, generator: random.Random) -> st
 
 
 def write_rows(path: Path, prompts: list[str], demonstrations: dict[str, str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for number, prompt in enumerate(prompts):
-            row = {"id": f"{path.stem}/{number}", "prompt": prompt, "answer": solve(prompt)}
-            if prompt in demonstrations:
-                row["demonstration"] = demonstrations[prompt]
-            file.write(json.dumps(row) + "\n")
+    lines = []
+    for number, prompt in enumerate(prompts):
+        row = {"id": f"{path.stem}/{number}", "prompt": prompt, "answer": solve(prompt)}
+        if prompt in demonstrations:
+            row["demonstration"] = demonstrations[prompt]
+        lines.append(json.dumps(row) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def make(folder: Path, setting: Setting) -> None:
-    """Write the four files into `folder`."""
+    """Write the four files into `folder`, train.jsonl last."""
     generator, taken = random.Random(setting.seed), set()
     folder.mkdir(parents=True, exist_ok=True)
     held_out = {
@@ -105,9 +106,9 @@ def make(folder: Path, setting: Setting) -> None:
     train = distinct_problems(generator, setting.demonstrated + setting.harder, setting.prompts, taken)
     short = [prompt for prompt in train if len(steps(prompt)) + 1 in setting.demonstrated]
     chosen = generator.sample(short, setting.demonstrations)
-    write_rows(folder / "train.jsonl", train, {p: demonstration(p, setting, generator) for p in chosen})
     for name, prompts in held_out.items():
         write_rows(folder / f"{name}.jsonl", prompts, {})
+    write_rows(folder / "train.jsonl", train, {p: demonstration(p, setting, generator) for p in chosen})
     print(
         f"{folder}: {len(train)} prompts, {len(chosen)} demonstrations, {setting.problems} problems in each of 3 files"
     )
