@@ -103,6 +103,8 @@ def _check_types(tree: Any, keys: dict[str, Any], path: Path, prefix: str) -> No
 def _machine(tree: dict[str, Any], path: Path) -> Machine:
     names = tree["actions"]
     for name, values in names.items():
+        is_word = isinstance(name, str) and bool(name.strip())
+        _require(is_word, path, f"actions: the name {name!r} is no word; put it into quotes")
         missing = sorted(set(ACTION_KEYS) - set(values))
         _require(not missing, path, f"actions.{name} lacks {', '.join(missing)}")
         _require("{problem}" in values["prompt"], path, f"actions.{name}.prompt has no {{problem}}")
@@ -111,7 +113,7 @@ def _machine(tree: dict[str, Any], path: Path) -> Machine:
         "start": tree["start"],
         **{f"actions.{n}.next": v["next"] for n, v in names.items()},
     }.items():
-        strange = [name for name in following if name not in names]
+        strange = [name for name in following if name not in list(names)]
         _require(not strange, path, f"{key} names {strange}; the actions are {', '.join(names)}")
     _require(FINAL not in tree["start"] and bool(tree["start"]), path, f"start needs actions other than {FINAL}")
     _require("{problem}" in tree["choose"] and "{choices}" in tree["choose"], path, "choose needs {problem}, {choices}")

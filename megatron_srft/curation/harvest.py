@@ -1,5 +1,6 @@
 """The loop behind `data distil` and `data act`: sample, verify, keep the correct ones, write, count."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,9 @@ from megatron_srft.sample import Completion, Group, Prompt, Score
 
 Produce = Callable[[Sequence[Problem]], list[list[Sample]]]
 """Samples of each problem."""
+
+REASONS = 3
+"""Reasons of failed samples that are told, the most common ones."""
 
 NO_TOKENS = np.zeros(0, np.int32)
 
@@ -46,17 +50,20 @@ def harvest(
         CurationError: the source answers nobody, or there is no demonstration at the end.
     """
     waiting = [problem for problem in problems if problem.id not in output.done]
-    progress = Progress(len(problems), "prompts")
+    progress, reasons = Progress(len(problems), "prompts"), Counter()
     portion, spoken = max(1, source.batch // per_problem), False
     for start in range(0, len(waiting), portion):
         some = waiting[start : start + portion]
         answers = produce(some)
         spoken = refuse_silence(answers, spoken, source, len(output.done))
+        reasons.update(sample.reason for each in answers for sample in each if sample.finish_reason == "failed")
         for problem, samples, scores in zip(some, answers, verify(some, answers, scorer), strict=True):
             kept, counts = select(samples, scores, selection)
             row = problem.row([sample.text for sample in kept]) | {"made": _made(source, kept, counts)}
             output.add(problem.id, row if kept else None, counts)
         progress.show(len(output.done), f"{output.counts['kept']:,} demonstrations")
+    for reason, number in reasons.most_common(REASONS):
+        print(f"{number:,} failed this time: {reason}", file=sys.stderr)
     if not output.counts["kept"]:
         raise CurationError(
             f"no demonstration could be kept, so {output.path} is not written:\n{table(output.counts)}\nAsk a stronger "

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from megatron_srft.config import DataConfig, ModelConfig, SamplingConfig
+from megatron_srft.data import schema
 from megatron_srft.data.templates import prompt_format
 from megatron_srft.rewards.endpoint import ChatEndpoint, ChatReply
 from megatron_srft.rollout import Request, load_local_engine, load_tokenizer
@@ -169,7 +170,9 @@ def _seed(seed: int, ask: Ask) -> int:
 def _sample(reply: ChatReply) -> Sample:
     if reply.failure:
         return failed(reply.reason, "not_asked" if reply.failure == "not_asked" else "endpoint")
-    text = reply.content if isinstance(reply.content, str) else ""
+    text = reply.content
+    if not isinstance(text, str):
+        return failed(f"the answer's content is no text but {schema.short(text)}")
     if reply.reasoning:
         text = f"<think>\n{reply.reasoning.strip()}\n</think>\n\n{text}"
     try:

@@ -2,7 +2,7 @@
 
 Timeouts, lost connections, statuses 408, 425, 429 and 5xx, and garbled replies are tried again, after a pause that
 doubles. After as many failures in a row as there are requests at a time the endpoint counts as down, and the rest of
-the call is not asked.
+the call is not asked. Ctrl-C does not wait for replies that are under way.
 """
 
 import contextlib
@@ -81,20 +81,27 @@ class ChatEndpoint:
         self.backoff_seconds, self.concurrency = backoff_seconds, concurrency
         self._headers = _headers(owner, api_key_variable)
         self._closed = threading.Event()
+        self._lines: set[socket.socket] = set()
         self._failed_in_a_row = 0
 
     def close(self) -> None:
-        """Requests that are under way get no further attempt."""
+        """Requests that are under way are broken off."""
         self._closed.set()
+        for line in list(self._lines):
+            _hang_up(line)
 
     def ask(self, bodies: Sequence[dict[str, Any]]) -> list[ChatReply]:
         """One reply per request body, in order; never raises for what the endpoint does."""
         self._failed_in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as threads:
-            return list(threads.map(self._ask, bodies))
+            try:
+                return list(threads.map(self._ask, bodies))
+            except KeyboardInterrupt:
+                self.close()  # else the threads would be waited for, which may take timeout * attempts
+                raise
 
     def _ask(self, body: dict[str, Any]) -> ChatReply:
-        if self._failed_in_a_row >= self.concurrency:
+        if self._closed.is_set() or self._failed_in_a_row >= self.concurrency:
             return ChatReply(failure="not_asked", reason="the endpoint is down")
         for attempt in range(self.retries + 1):
             try:
@@ -114,7 +121,7 @@ class ChatEndpoint:
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The fields of a reply. Raises EndpointError."""
         address = self.url.rstrip("/") + "/chat/completions"
-        status, data = _post(address, json.dumps(body).encode(), self._headers, self.timeout_seconds)
+        status, data = _post(address, json.dumps(body).encode(), self._headers, self.timeout_seconds, self._lines)
         if status != 200:
             again = status in TRY_AGAIN or status >= 500
             raise EndpointError(f"HTTP status {status}: {data[:200].decode(errors='replace')}", again=again)
@@ -135,22 +142,28 @@ class ChatEndpoint:
         }
 
 
-def _post(url: str, body: bytes, headers: dict[str, str], seconds: float) -> tuple[int, bytes]:
-    """Status and body of the reply, all of it within `seconds`. Raises EndpointError."""
+def _post(
+    url: str, body: bytes, headers: dict[str, str], seconds: float, lines: set[socket.socket]
+) -> tuple[int, bytes]:
+    """Status and body of the reply, all of it within `seconds`; its line is among `lines` while it is open.
+
+    Raises EndpointError.
+    """
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=seconds)
-    late, timer, start = threading.Event(), None, time.monotonic()
+    late, timer, line, start = threading.Event(), None, None, time.monotonic()
 
-    def hang_up(line: socket.socket) -> None:
+    def too_late() -> None:
         late.set()
-        with contextlib.suppress(OSError):
-            line.shutdown(socket.SHUT_RDWR)
+        _hang_up(line)
 
     try:
         connection.connect()
+        line = connection.sock
+        lines.add(line)
         # A socket's own timeout starts again with every byte that a slow server sends.
-        timer = threading.Timer(max(seconds - (time.monotonic() - start), 0), hang_up, (connection.sock,))
+        timer = threading.Timer(max(seconds - (time.monotonic() - start), 0), too_late)
         timer.start()
         connection.request("POST", parts.path + ("?" + parts.query if parts.query else ""), body, headers)
         response = connection.getresponse()
@@ -166,7 +179,13 @@ def _post(url: str, body: bytes, headers: dict[str, str], seconds: float) -> tup
     finally:
         if timer is not None:
             timer.cancel()
+        lines.discard(line)
         connection.close()
+
+
+def _hang_up(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def _headers(owner: str, api_key_variable: str) -> dict[str, str]:

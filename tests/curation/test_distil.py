@@ -171,6 +171,19 @@ def test_an_endpoint_that_never_answers(endpoint, write, data, tmp_path, number)
     assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl"}
 
 
+def test_why_samples_have_failed_is_told(endpoint, write, data, tmp_path):
+    """Here the endpoint hands out parts in place of a text, and once nothing at all."""
+    endpoint.script = [says("#2"), says("")] + [says([{"type": "text", "text": "#2"}])]
+    output = tmp_path / "o.jsonl"
+    settings = remote(endpoint, "--concurrency", 1)
+    code, out, error = data("distil", write("p.jsonl", PROBLEMS[:1]), "--output", output, *settings)
+    assert code == 0 and (counts_of(out)["failed"], counts_of(out)["kept"]) == (5, 1)
+    assert error.splitlines() == [
+        "4 failed this time: the answer's content is no text but [{'type': 'text', 'text': '#2'}]",
+        "1 failed this time: the answer is empty",
+    ]
+
+
 def test_nothing_right_is_no_empty_file(endpoint, write, data, tmp_path):
     endpoint.script = [says("#77")]
     output = tmp_path / "o.jsonl"

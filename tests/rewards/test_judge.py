@@ -1,6 +1,9 @@
 """The judge against a real HTTP server on this machine: verdicts, and every way in which an endpoint can fail."""
 
 import json
+import os
+import signal
+import threading
 import time
 from collections import Counter
 
@@ -10,6 +13,7 @@ from chat_endpoint import Endpoint, dripping, dripping_header, reset, says, send
 
 from megatron_srft.config import ConfigError, JudgeRewardConfig
 from megatron_srft.rewards import Scorer
+from megatron_srft.rewards.endpoint import ChatEndpoint
 from megatron_srft.rewards.workers import VerifierError
 from megatron_srft.sample import Completion, Group, Prompt
 
@@ -177,6 +181,19 @@ def test_answers_come_back_in_order_and_no_more_at_a_time_than_allowed(endpoint)
     with judge(endpoint, prompt="{response}", concurrency=3, timeout_seconds=5) as scorer:
         scorer.verify([str(i) for i in range(12)], ["7"] * 12)
     assert 1 < endpoint.most_busy <= 3
+
+
+def test_an_interruption_does_not_wait_for_a_slow_endpoint(endpoint):
+    """Nor for further attempts, of which ten at a minute each are allowed here."""
+    endpoint.script = [lambda handler: time.sleep(60)]
+    slow = ChatEndpoint("test", endpoint.url, timeout_seconds=60, retries=9, backoff_seconds=1, concurrency=2)
+    key = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    key.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        slow.ask([{"model": "m"}] * 5)
+    assert time.monotonic() - start < 40
+    assert len(endpoint.asked) == 2, "what had not been asked is not asked any more"
 
 
 def test_the_self_test_tells_a_judge_that_always_agrees(endpoint):
