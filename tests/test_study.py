@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import random
 import re
 import signal
@@ -113,6 +114,9 @@ def test_when_time_is_up_nothing_is_started(modules, tmp_path):
     study = modules["study"]
     place = study.Study(folder=tmp_path, base=tmp_path, data=tmp_path, budget=study.SHORT)
     assert "time is up" in study.run_one(place, "sft", 0, time.monotonic(), threading.Event())
+    stop = threading.Event()
+    stop.set()
+    assert "interrupted" in study.run_one(place, "sft", 0, math.inf, stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import yaml
 
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bar over written weights obeys it too
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -114,7 +116,9 @@ def run_one(study: Study, method: str, seed: int, deadline: float, stop: threadi
     name = run_name(method, seed)
     if study.is_finished(method, seed):
         return None
-    if stop.is_set() or time.monotonic() >= deadline:
+    if stop.is_set():
+        return "not started: the study was interrupted"
+    if time.monotonic() >= deadline:
         return "not started: the time is up"
     log = study.folder / "logs" / f"{name}.log"
     command = [sys.executable, "-m", "megatron_srft.train", str(study.config_file(method, seed))]

@@ -1,6 +1,9 @@
 """What sections of a run's config demand of each other. Raises ConfigError naming the key and the remedy."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from megatron_srft.config.base import require
 from megatron_srft.config.critic import check_critic
@@ -14,6 +17,7 @@ def check_run(run: "RunConfig") -> None:
     """What holds for a whole run and for each of its stages."""
     plain = bool(run.name) and run.name not in (".", "..") and not set(run.name) & set("/\0")
     require(plain, f"name must be the name of one folder, not {run.name!r}; run_dir says where that folder goes")
+    _check_numbers(run)
     require(run.steps >= 0, "steps must not be negative")
     require(0 <= run.seed < 2**63, f"seed must lie between 0 and 2**63 - 1, not {run.seed}")
     _check_rewards(run)
@@ -38,6 +42,26 @@ def check_stage(run: "RunConfig") -> None:
         "with each other; raise batch.rollouts_per_prompt above 1",
     )
     check_critic(run)
+
+
+def _check_numbers(run: "RunConfig") -> None:
+    """Comparisons with NaN are false, so other checks let it through or not as it happens; infinity can be no limit."""
+    for key, value in _numbers(run, ""):
+        bound = "finite number" if key.endswith(("coefficient", "weight")) else "number"
+        fits = math.isfinite(value) if bound == "finite number" else not math.isnan(value)
+        require(fits, f"{key} must be a {bound}, not {value}")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every float in a section and those below it, with its key."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for number, item in enumerate(value):
+            yield from _numbers(item, f"{key}.{number}")
+    elif isinstance(value, float):
+        yield key, value
 
 
 def _check_rewards(run: "RunConfig") -> None:

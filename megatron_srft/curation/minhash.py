@@ -68,7 +68,7 @@ def buckets(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
     for band in range(bands):
         keys = np.ascontiguousarray(signature[:, band * rows : (band + 1) * rows])
         _, inverse, counts = np.unique(
-            keys.view(np.dtype((np.void, keys.strides[0]))).ravel(), return_inverse=True, return_counts=True
+            keys.view(np.dtype((np.void, keys.itemsize * rows))).ravel(), return_inverse=True, return_counts=True
         )
         out[:, band] = np.where(counts[inverse] > 1, inverse * bands + band, -1)
     return out

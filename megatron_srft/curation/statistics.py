@@ -11,6 +11,7 @@ which does not say whether its keyword rate is per response or per token; both a
 import argparse
 import json
 import statistics
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ CODE_FENCE = "```"
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     text: str
-    token_ids: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
     """None: not known; then lengths are counted in words."""
 
 
@@ -57,8 +58,8 @@ def _row_answers(row: Row, data: DataConfig) -> Iterator[Answer]:
     if isinstance(fields.get("completions"), list) and isinstance(fields.get("prompt"), dict):
         for completion in fields["completions"]:
             try:
-                yield Answer(text=str(completion["text"]), token_ids=tuple(map(int, completion["token_ids"])))
-            except (KeyError, TypeError, ValueError) as error:
+                yield Answer(text=str(completion["text"]), token_ids=array("i", completion["token_ids"]))
+            except (KeyError, TypeError, OverflowError) as error:
                 raise ValueError(f"{row.where}: not a dumped group ({error!r}); write the dump again") from None
     elif "prompt_id" in fields and isinstance(fields.get("response"), str):
         yield Answer(text=fields["response"])
@@ -73,7 +74,7 @@ def with_tokens(answers: Sequence[Answer], tokenizer: Any) -> list[Answer]:
     for start in range(0, len(missing), TEXTS_PER_CALL):
         some = missing[start : start + TEXTS_PER_CALL]
         for place, ids in zip(some, tokenize([out[place].text for place in some], tokenizer), strict=True):
-            out[place] = Answer(text=out[place].text, token_ids=tuple(ids))
+            out[place] = Answer(text=out[place].text, token_ids=array("i", ids))
     return out
 
 
@@ -84,12 +85,15 @@ def describe(answers: Sequence[Answer], ngram: int) -> dict[str, float | str]:
         ngram: tokens (or words) of the runs whose repetition is measured.
     """
     in_tokens = all(answer.token_ids is not None for answer in answers)
-    pieces = [answer.token_ids if in_tokens else answer.text.split() for answer in answers]
-    lengths = sorted(map(len, pieces))
+    lengths, repetition = [], []
+    for answer in answers:
+        pieces = answer.token_ids if in_tokens else answer.text.split()
+        lengths.append(len(pieces))
+        repetition.append(share(pieces, ngram))
+    lengths.sort()
     thousands = max(sum(lengths), 1) / 1000
     keywords = [count_keywords(answer.text) for answer in answers]
     fences = [CODE_FENCE in answer.text for answer in answers]
-    repetition = [share(piece, ngram) for piece in pieces]
     totals = {word: sum(counts[word] for counts in keywords) for word in KEYWORDS}
     return {
         "answers": len(answers),

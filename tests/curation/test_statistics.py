@@ -1,6 +1,7 @@
 """`data statistics`: every figure by hand, on demonstrations, rollout dumps and samples.jsonl."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -72,6 +73,18 @@ def test_files_of_every_kind(run, write, model, data):
     assert lines["wait/per_1k"] == ["62.5", "250", "666.7"]
 
 
+def test_words_are_not_kept_in_memory():
+    """As an item of a list a word takes ten times the room that it has in its text."""
+    answers = [Answer(text=" ".join(f"{number}w{word:05}" for word in range(2000))) for number in range(100)]
+    size = sum(len(answer.text) for answer in answers)
+    tracemalloc.start()
+    figures = describe(answers, ngram=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert figures["length/mean"] == 2000 and figures["repetition/mean"] == 0
+    assert peak < size, f"{peak / 1e6:.1f} MB beside texts of {size / 1e6:.1f} MB"
+
+
 def test_lengths_in_tokens_of_a_tokenizer(write, model, data):
     rows = write("d.jsonl", [{"demonstration": "7+15=22#22"}, {"demonstration": "22"}])
     code, out, _ = data("statistics", rows, "--tokenizer", model)  # one token per character
@@ -85,6 +98,8 @@ def test_lengths_in_tokens_of_a_tokenizer(write, model, data):
         ([{"prompt": "q", "answer": "1"}], "none of its 1 rows has a demonstration"),
         ([{"demonstration": "x"}, {"demonstration": 7}], "rows.jsonl:2: a demonstration must be a string"),
         ([{"prompt": {"id": "a"}, "completions": [{"text": "x"}]}], "rows.jsonl:1: not a dumped group"),
+        ([{"prompt": {"id": "a"}, "completions": [{"text": "x", "token_ids": [2**40]}]}], "not a dumped group"),
+        ([{"prompt": {"id": "a"}, "completions": [{"text": "x", "token_ids": ["5"]}]}], "not a dumped group"),
         ([], "the file is empty"),
     ],
 )

@@ -1,6 +1,7 @@
 """Objective settings: impossible values are refused by name; presets resolve to the published values."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -37,6 +38,34 @@ def published() -> dict[tuple[str, str | None], tuple[dict, dict]]:
 def test_impossible_values_are_refused_by_name(objective):
     with pytest.raises(ConfigError, match=f"objective.{list(objective)[1]}"):
         from_dict({"objective": objective})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"objective": {"kind": "psft", "entropy_coefficient": "nan"}},
+            "objective.entropy_coefficient must be a finite",
+        ),
+        (
+            {"objective": {"kind": "grpo", "entropy_coefficient": math.inf}},
+            "objective.entropy_coefficient must be a fin",
+        ),
+        (
+            {"objective": {"kind": "sft_kl", "kl_coefficient": math.inf}},
+            "objective.kl_coefficient must be a finite num",
+        ),
+        ({"objective": {"kind": "luffy", "entropy_coefficient": math.nan}}, "objective.entropy_coefficient must be"),
+        (
+            {"stages": [{"name": "a", "steps": 1, "objective": {"kind": "psft", "entropy_coefficient": math.nan}}]},
+            "stages.0: objective.entropy_coefficient must be a finite number, not nan",
+        ),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(tree).stage_configs()
+    assert str(caught.value).startswith(message)
 
 
 def test_a_field_overrides_its_preset_and_zero_is_a_value():
