@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_srft.config import RunConfig
-from megatron_srft.objectives import ObjectiveInputs
+from megatron_srft.objectives import ObjectiveInputs, ObjectiveOutput, compute
 from megatron_srft.sample import Counts
 
 
@@ -86,3 +86,11 @@ def random_sequences(rollouts: int, demonstrations: int, seed: int = 0) -> list[
             )
         )
     return sequences
+
+
+def run(config, sequences: list[Sequence]) -> tuple[ObjectiveOutput, ObjectiveInputs]:
+    """One micro-batch through an objective and back; the inputs hold the gradients."""
+    inputs = inputs_of(sequences)
+    output = compute(inputs, counts_of(sequences), resolved(config))
+    output.loss.backward()
+    return output, inputs

@@ -4,18 +4,10 @@ import math
 
 import pytest
 import torch
-from objective_rows import Sequence, counts_of, inputs_of, random_sequences, resolved
+from objective_rows import Sequence, random_sequences, resolved, run
 
 from megatron_srft.config import ChordConfig, ConfigError, GrpoConfig, SftConfig, from_dict
-from megatron_srft.objectives import compute, scheduled
-
-
-def run(config, sequences):
-    inputs = inputs_of(sequences)
-    output = compute(inputs, counts_of(sequences), resolved(config))
-    output.loss.backward()
-    return output, inputs
-
+from megatron_srft.objectives import scheduled
 
 SEQUENCES = [
     Sequence([-1.0, -1.0], advantage=1.0, old=[-1.0 - math.log(1.25), -1.0 - math.log(0.5)]),  # ratios 1.25, 0.5

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from objective_rows import Sequence, counts_of, inputs_of, random_sequences, resolved
+from objective_rows import Sequence, counts_of, inputs_of, random_sequences, resolved, run
 
 from megatron_srft.config import GrpoConfig
 from megatron_srft.objectives import compute, with_importance_weights
@@ -14,13 +14,6 @@ SEQUENCES = [
     Sequence([-1.0], advantage=-2.0, old=[-1.0 - math.log(0.5)]),  # ratio 0.5
     Sequence([-1.0, -7.0], demonstration=True, advantage=100.0),
 ]
-
-
-def run(config, sequences=SEQUENCES):
-    inputs = inputs_of(sequences)
-    output = compute(inputs, counts_of(sequences), resolved(config))
-    output.loss.backward()
-    return output, inputs
 
 
 @pytest.mark.parametrize(
@@ -35,13 +28,13 @@ def run(config, sequences=SEQUENCES):
     ],
 )
 def test_presets_by_hand(config, loss, gradient):
-    output, inputs = run(config)
+    output, inputs = run(config, SEQUENCES)
     assert output.loss.item() == pytest.approx(loss)
     assert inputs.logprobs.grad.tolist() == pytest.approx([*gradient, 0, 0])
 
 
 def test_metrics_by_hand():
-    output, _ = run(GrpoConfig(preset="dapo"))
+    output, _ = run(GrpoConfig(preset="dapo"), SEQUENCES)
     metrics = {name: value.item() for name, value in output.metrics.items()}
     logs = [math.log(1.25), math.log(1.5), math.log(0.5)]
     assert metrics["clip_fraction/high"] == pytest.approx(1 / 3)
@@ -78,7 +71,7 @@ def test_dual_clip_bounds_negative_advantages():
 
 
 def test_entropy_bonus_covers_rollouts_only():
-    _, inputs = run(GrpoConfig(entropy_coefficient=0.3))
+    _, inputs = run(GrpoConfig(entropy_coefficient=0.3), SEQUENCES)
     assert inputs.entropy.grad.tolist() == pytest.approx([-0.1, -0.1, -0.1, 0, 0])
 
 

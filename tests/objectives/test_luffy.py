@@ -4,18 +4,9 @@ import math
 
 import pytest
 import torch
-from objective_rows import Sequence, counts_of, inputs_of, random_sequences, resolved
+from objective_rows import Sequence, random_sequences, run
 
 from megatron_srft.config import GrpoConfig, LuffyConfig
-from megatron_srft.objectives import compute
-
-
-def run(config, sequences):
-    inputs = inputs_of(sequences)
-    output = compute(inputs, counts_of(sequences), resolved(config))
-    output.loss.backward()
-    return output, inputs
-
 
 SEQUENCES = [
     Sequence([-1.0, -1.0], advantage=-0.5, old=[-1.0 - math.log(3.0), -1.0 - math.log(0.25)]),
