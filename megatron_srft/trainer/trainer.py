@@ -206,13 +206,14 @@ class Trainer:
         updates = [self.critic.update(self.microbatches(part), count(part), lr) for part in parts]
         return {**_over_updates(updates), **value_figures(list(sequences)), "value/lr": lr}
 
-    def microbatches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
-        """This data rank's packed share of the sequences."""
+    def microbatches(self, sequences: Sequence[TrainingSequence], *, shared: bool = True) -> list[PackedBatch]:
+        """This data rank's packed share of the sequences; of all of them where they are its own (not `shared`)."""
         parallel = self.config.parallel
         lengths = [len(s.token_ids) for s in sequences]
         multiple = parallel.pipeline if parallel.virtual_pipeline else 1
         budget = self.config.batch.tokens_per_microbatch
-        plan = plan_sequences(sequences, budget, size(self.groups.data), multiple)[rank(self.groups.data)]
+        ranks, own = (size(self.groups.data), rank(self.groups.data)) if shared else (1, 0)
+        plan = plan_sequences(sequences, budget, ranks, multiple)[own]
         grain = parallel.tensor if parallel.sequence_parallel else 1
         padded = [padded_length(sum(lengths[i] for i in indices), grain) for indices in plan]
         if parallel.pipeline > 1:
