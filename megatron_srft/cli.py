@@ -18,6 +18,7 @@ commands:
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
   analyze WHAT ...               probabilities, trajectory, clipped tokens, entropy of checkpoints; compare runs
+  reward WHAT ...                train a reward head on hidden states, score rollouts with one
   doctor                         what is installed, and what works on this machine
 
 megatron-srft COMMAND --help lists a command's options. --debug shows the traceback of a mistake too.
@@ -212,6 +213,13 @@ def analyze(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return analyze_command.main(parser, arguments)
 
 
+def reward(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """A reward read off the model's own hidden states (SWIFT): train a head on verified rollouts, score with it."""
+    from megatron_srft import reward_command
+
+    return reward_command.main(parser, arguments)
+
+
 def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Print versions, devices and what works here; status 1 when something required does not."""
     options = parser.parse_args(arguments)
@@ -233,6 +241,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "data": data,
     "report": report,
     "analyze": analyze,
+    "reward": reward,
     "doctor": doctor,
 }
 

@@ -19,7 +19,7 @@ ROWS = [
     {"saves", "stage_data", "best_of_n"},
     {"session", "convert", "doctor", "dry_run"},
     {"train", "model_options", "policy_sources"},
-    {"evaluate_command", "generate_command", "best_of_n_command", "data_command", "analyze_command"},
+    {"evaluate_command", "generate_command", "best_of_n_command", "data_command", "analyze_command", "reward_command"},
     {"cli"},
 ]
 """Rooms (modules and folders of the package) from the bottom up."""

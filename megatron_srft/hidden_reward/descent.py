@@ -22,7 +22,7 @@ class Descent:
     """The states and verdicts of some responses, and a head that is trained on them.
 
     Args:
-        optimizer: over the parameters' `trained`.
+        optimizer: over the parameters' `trained`; None where only `gradient` and `scores` are asked for.
         loss, alpha: see losses.py.
     """
 
@@ -31,7 +31,7 @@ class Descent:
         states: States,
         responses: Responses,
         parameters: Parametrisation,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         loss: LossName,
         alpha: float = losses.ALPHA,
@@ -83,28 +83,35 @@ class Descent:
 
     # ------------------------------------------------------------ one update
 
-    def _step(self, batch: list[Question], found: Tensor, shut: Tensor) -> None:
-        """Update the head; adds to `found` the scores before the update, to `shut` responses with all gates shut."""
+    def gradient(self, batch: list[Question], found: Tensor, shut: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the batch's loss with respect to the head as it is: ([layers, 2, hidden], [2]), on every rank.
+
+        Args:
+            found: [responses] float64, takes the scores of this data rank's share of the batch.
+            shut: int64, counts its responses whose gates are all shut.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
         totals = totals_of(self.responses, flat(batch))
-        head = self.parameters.head()
-        weight, bias = (one.detach().requires_grad_() for one in head)
+        weight, bias = (one.detach().requires_grad_() for one in self.parameters.head())
         for portion in self._portions(batch):
             own, gate_sums = scores(self.states.read(portion), self.states, weight, bias)
             labels, questions = (torch.from_numpy(values[portion]).to(own.device) for values in self._verdicts())
             losses.loss(self.name, own, labels, questions, totals, alpha=self.alpha).backward()
             found[portion] = own.detach().double()
             shut += (gate_sums.detach() < GATE_SUM_FLOOR).sum()
-        of_weight, of_bias = self._gradients(weight, bias, found)
+        return self._everywhere_once(weight, bias, found)
+
+    def _step(self, batch: list[Question], found: Tensor, shut: Tensor) -> None:
+        """Update the head; adds to `found` the scores before the update, to `shut` responses with all gates shut."""
+        gradient = self.gradient(batch, found, shut)
         self.optimizer.zero_grad()
-        self.parameters.send_back(head, of_weight, of_bias)
+        self.parameters.send_back(self.parameters.head(), *gradient)
         self.optimizer.step()
 
-    def _gradients(self, weight: Tensor, bias: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the whole batch on every rank, in one exchange.
-
-        Raises:
-            ValueError: a score is not finite.
-        """
+    def _everywhere_once(self, weight: Tensor, bias: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the whole batch on every rank, in one exchange. Raises ValueError as `gradient`."""
         groups = self.states.groups
         of_weight, of_bias = (torch.zeros_like(p) if p.grad is None else p.grad for p in (weight, bias))
         # All ranks of a replica have the same scores, and each the whole gradient of the bias: one of them gives it.

@@ -22,7 +22,9 @@ from megatron_srft.config import (
     SftConfig,
 )
 from megatron_srft.hidden_reward import BaseModel, HeadConfig
-from megatron_srft.hidden_reward.fit import FitSettings, batch_gradient, fit
+from megatron_srft.hidden_reward.descent import Descent
+from megatron_srft.hidden_reward.fit import FitSettings, fit
+from megatron_srft.hidden_reward.parametrisation import Parametrisation
 from megatron_srft.hidden_reward.parts import Responses, questions_of
 from megatron_srft.hidden_reward.states import StackedStates
 from megatron_srft.sample import TrainingSequence
@@ -139,12 +141,13 @@ def under_every_layout(folder: str, expected: list, cache: str) -> list:
             place = Path(cache) / str(number)
             cached = Cached(recomputed, questions, place)
             assert not place.exists(), "the cache was to be unlinked"
-            settings = FitSettings(loss=LOSSES[number])
+            parameters = Parametrisation.of_head(*a_head(config), gate=True)
             for states in (recomputed, cached):
-                found = batch_gradient(states, responses, questions, *a_head(config), settings)
-                scores = found.scores.clone()
+                descent = Descent(states, responses, parameters, None, loss=LOSSES[number])
+                scores, shut = torch.zeros(len(sequences), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+                gradient = descent.gradient(questions, scores, shut)
                 dist.all_reduce(scores, group=trainer.groups.data)
-                for own, wanted in zip((found.of_weight, found.of_bias, scores), expected[number], strict=True):
+                for own, wanted in zip((*gradient, scores), expected[number], strict=True):
                     error = (own.double() - wanted).abs().max() / wanted.abs().max()
                     assert error < 2e-5, f"{layout}, head {number}, {type(states).__name__}: {error}"
             assert sum(len(q) for q in recomputed.share(questions)) <= len(sequences)
