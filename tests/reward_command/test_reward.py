@@ -158,7 +158,7 @@ def test_scores_are_those_of_transformers_states(folder, capsys):
             expected = stacked_score(model, head, group.prompt.token_ids, completion.token_ids)
             assert own == pytest.approx(expected, abs=1e-4)
     printed = capsys.readouterr().out
-    assert "180 responses, 1 of them without a token to score" in printed
+    assert "180 responses of 30 questions, 1 without a token to score" in printed
     of_rows = scored(folder, "model", "head", "rows.jsonl")
     assert of_rows["q9"] == pytest.approx(found["q9"], abs=1e-6)
 
