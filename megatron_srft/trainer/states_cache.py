@@ -49,7 +49,8 @@ class Cached:
         self._cut = states.token_group is not None
         self._dtype = states.trainer.models[0].config.params_dtype
         own = states.share(questions)
-        self._own = set(own)
+        chosen = set(own)
+        self._is_own = {question: question in chosen for question in questions}
         self._records: dict[int, tuple[int, int, int, tuple[Tensor, ...]]] = {}
         """Of a response: its record's first number, its first token, how many it has, their scales."""
         with _File(folder / f"rank-{rank(self.groups.world):05d}") as file:
@@ -65,7 +66,7 @@ class Cached:
             self._numbers = file.mapped(self._dtype, self.groups.world)
 
     def share(self, questions: Sequence[Question]) -> list[Question]:
-        return [question for question in questions if question in self._own]
+        return [question for question in questions if self._is_own[question]]
 
     def read(self, responses: Sequence[int]) -> LocalStates:
         pieces = [self._piece(index) for index in responses]
