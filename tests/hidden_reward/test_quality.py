@@ -1,9 +1,7 @@
-"""Figures of quality: by hand with ties, and scikit-learn's own."""
+"""Figures of quality: by hand with ties, pair by pair, and scikit-learn's own where it is installed."""
 
 import numpy as np
 import pytest
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, brier_score_loss, roc_auc_score
 
 from megatron_srft.hidden_reward.quality import auroc, calibration_error, quality, reliability, sigmoid, within_auroc
 
@@ -39,23 +37,43 @@ def test_calibration_by_hand():
     assert calibration_error(bins) == pytest.approx((2 * 0.475 + 0.85 + 2 * 0.475) / 5)
 
 
-@pytest.mark.parametrize("decimals", [0, 1, 8])
-def test_the_figures_are_scikit_learns(decimals):
+def made_up(decimals: int):
+    """Forty questions; with few decimals there are ties."""
     random = np.random.default_rng(decimals)
     questions = random.integers(0, 40, 400)
     labels = random.random(400) < 0.3
-    scores = np.round(random.normal(size=400) + labels, decimals)
+    return np.round(random.normal(size=400) + labels, decimals), labels, questions
+
+
+def pair_by_pair(scores, labels) -> float:
+    margins = scores[labels][:, None] - scores[~labels]
+    return float(np.mean((1 + np.sign(margins)) / 2))
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_auroc_counts_pairs(decimals):
+    scores, labels, questions = made_up(decimals)
+    found = quality(scores, labels, questions, np.ones(400))
+    assert found.overall_auroc == pytest.approx(pair_by_pair(scores, labels), abs=1e-12)
+    parts = [(scores[questions == q], labels[questions == q]) for q in range(40)]
+    own = [pair_by_pair(s, y) for s, y in parts if 0 < y.sum() < len(y)]
+    assert (found.within_auroc, found.questions_with_both) == (pytest.approx(np.mean(own), abs=1e-12), len(own))
+    assert found.overall_auroc_by_length == found.within_auroc_by_length == 0.5
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_the_figures_are_scikit_learns(decimals):
+    metrics = pytest.importorskip("sklearn.metrics", reason="pip install -r requirements/probe.txt")
+    calibration = pytest.importorskip("sklearn.calibration")
+    scores, labels, questions = made_up(decimals)
     found = quality(scores, labels, questions, np.ones(400))
     probabilities = 1 / (1 + np.exp(-scores))
-    assert found.overall_auroc == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    parts = [(labels[questions == q], scores[questions == q]) for q in range(40)]
-    own = [roc_auc_score(y, s) for y, s in parts if 0 < y.sum() < len(y)]
-    assert (found.within_auroc, found.questions_with_both) == (pytest.approx(np.mean(own), abs=1e-12), len(own))
-    assert found.brier == pytest.approx(brier_score_loss(labels, probabilities), abs=1e-12)
-    assert found.accuracy == accuracy_score(labels, scores > 0)
-    assert found.overall_auroc_by_length == found.within_auroc_by_length == 0.5
+    assert found.overall_auroc == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
+    assert found.brier == pytest.approx(metrics.brier_score_loss(labels, probabilities), abs=1e-12)
+    assert found.accuracy == metrics.accuracy_score(labels, scores > 0)
     curve = [(one.share_right, one.mean_probability) for one in found.bins if one.responses]
-    np.testing.assert_allclose(np.transpose(curve), calibration_curve(labels, probabilities, n_bins=10), atol=1e-12)
+    expected = calibration.calibration_curve(labels, probabilities, n_bins=10)
+    np.testing.assert_allclose(np.transpose(curve), expected, atol=1e-12)
 
 
 def test_scores_of_any_size_are_probabilities():
