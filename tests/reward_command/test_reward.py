@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from spawning import spawn
 from tiny_models import make_model, make_tokenizer
@@ -19,6 +20,7 @@ from megatron_srft import cli
 from megatron_srft.hidden_reward import load_head
 from megatron_srft.rollout import dump
 from megatron_srft.sample import Completion, Demonstration, Group, Prompt, Score
+from megatron_srft.trainer import parallel
 
 QUESTIONS, RESPONSES = 30, 6
 TRAIN = "--lr 0.01 --epochs 8 --patience 8"
@@ -199,6 +201,7 @@ def test_variants_are_trained_and_score_as_they_say(folder, name, options, capsy
 def two_ranks(folder: str) -> list[str]:
     torch.set_num_threads(1)
     os.chdir(folder)
+    parallel.stop = parallel_state.destroy_model_parallel  # a second world would want another port
     printed = []
     for name, layout in (
         ("tensor", "--tensor 2"),

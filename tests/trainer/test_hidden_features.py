@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from spawning import spawn
 from tiny_models import make_model
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
@@ -154,7 +155,7 @@ def under_every_layout(folder: str, expected: list, cache: str) -> list:
         fitted = fit(cached, responses, FitSettings(lr=0.01, epochs=2, validation_share=0.3, batch=8, standardise=True))
         trained.append((fitted.weight.numpy(), [epoch.validation_loss for epoch in fitted.epochs]))
         assert lm_head(trainer).shape == (99, 32)
-        parallel.stop()
+        parallel_state.destroy_model_parallel()
     return trained
 
 
