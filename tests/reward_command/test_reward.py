@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from spawning import spawn
@@ -203,15 +204,15 @@ def two_ranks(folder: str) -> list[str]:
     os.chdir(folder)
     parallel.stop = parallel_state.destroy_model_parallel  # a second world would want another port
     printed = []
-    for name, layout in (
-        ("tensor", "--tensor 2"),
-        ("tokens", "--tensor 2 --sequence-parallel --cache-gib 0"),
-        ("pipeline", "--pipeline 2"),
-        ("data", ""),
+    for name, layout, training in (
+        ("tokens", "--tensor 2 --sequence-parallel", "--cache-gib 0"),
+        ("pipeline", "--pipeline 2", ""),
+        ("data", "", ""),
     ):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            arguments = f"reward train model step-000000.jsonl.zst --output {name} --epochs 2 --lr 0.01 {layout}"
-            assert cli.main(arguments.split()) == 0
+            arguments = f"reward train model step-000000.jsonl.zst --output {name} --epochs 2 --lr 0.01"
+            assert cli.main(f"{arguments} {layout} {training}".split()) == 0
+            dist.barrier()
             assert cli.main(f"reward score model {name} rows.jsonl --output {name}.jsonl {layout}".split()) == 0
         printed.append(out.getvalue())
     return printed
@@ -226,7 +227,7 @@ def test_two_ranks_train_the_same_head_and_one_of_them_tells(folder):
     assert all("epoch   2" in text for text in first) and set(second) == {""}
     alone, figures = load_head(folder / "alone"), json.loads((folder / "alone" / "training.json").read_text())
     scores = [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
-    for name in ("tensor", "tokens", "pipeline", "data"):
+    for name in ("tokens", "pipeline", "data"):
         torch.testing.assert_close(load_head(folder / name).weight, alone.weight, atol=1e-4, rtol=0)
         own = json.loads((folder / name / "training.json").read_text())
         for a, b in zip(figures["epochs"], own["epochs"], strict=True):
