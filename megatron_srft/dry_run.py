@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from megatron_srft import layout
+from megatron_srft import hidden_stream, layout
 from megatron_srft.config import RunConfig, require
 from megatron_srft.data import check_vocabulary, load_dataset, usable_prompts
 from megatron_srft.evaluate import load_held_out
@@ -41,12 +41,13 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     for _, stage in stages:
         transformer_config(model, stage)
         check_folder(stage, model)
+    tokenizer = load_tokenizer(config.model)
+    hidden_stream.read_heads([stage for _, stage in stages], model, tokenizer)
     print_model(config, model)
     print_ranks(config, model, world_size)
-    tokenizer = load_tokenizer(config.model)
     for name, stage in stages:
         print(f"\nstage {name}: {stage.steps} steps, objective {stage.objective.kind}")
-        for remark in remarks(stage):
+        for remark in (*remarks(stage), *hidden_stream.remarks(stage)):
             print(f"  note: {remark}")
         print_stage(stage, model, world_size, tokenizer)
     print_disk([stage for _, stage in stages], model)

@@ -198,6 +198,10 @@ class TrainingSequence:
     pooled_entropy: float | None = None
     """Entropy before the step, averaged over the sequence's group or the whole batch; only for objectives that ask."""
 
+    hidden_score: float | None = None
+    """What a reward head read off the hidden states before the step, a logit; None without one, and for a response that
+    has no token to score."""
+
     @property
     def response_length(self) -> int:
         return len(self.token_ids) - self.prompt_length

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_srft import config as configuration
+from megatron_srft import hidden_stream
 from megatron_srft.advantages import group_statistics, to_sequences
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
@@ -17,10 +18,10 @@ from megatron_srft.dynamic_sampling import refill
 from megatron_srft.evaluate import evaluate
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
+from megatron_srft.parity_gate import ParityGate
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
 from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
-from megatron_srft.rollout.parity import check_parity, compare
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
@@ -31,7 +32,6 @@ from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.critic import check_folder
 from megatron_srft.trainer.manifest import Progress
 from megatron_srft.trainer.old_policy import OldPolicy, remarks
-from megatron_srft.trainer.step import SequenceStats
 from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.weights.architecture import read_architecture
 
@@ -72,24 +72,27 @@ class Session:
             read_stage_data(later.config, self.tokenizer, self.vocab_size)
             if later.config.rewards != self.config.rewards:
                 _tested_scorer(later.config).close()
+        heads = hidden_stream.read_heads(
+            [s.config for s in self.stages[self.stage.number :]], architecture, self.tokenizer
+        )
         self._load_data()
         self.scorer = _tested_scorer(self.config)
         self.trainer = Trainer(self.config, groups)
+        self.hidden_stream = hidden_stream.HiddenStream(heads, self.trainer)
         self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
-        if found:
-            arrays = self.saves.restore(self.trainer)
-            self.old_policy.restore(arrays)
-            self.router.restore(arrays)
-            self.data.prompts(self.router.waiting)
+        arrays = self.saves.restore(self.trainer) if found else {}
+        self.old_policy.restore(arrays)
+        self.router.restore(arrays)
+        self.data.prompts(self.router.waiting)
+        self.hidden_stream.begin(self.config, arrays)
         self.engine = build_engine(self.config, self.tokenizer, parallel.device())
         self.synced_version: int | None = None
-        self.parity_due = True
-        self.parity: dict[str, float] = {}
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}
         self.routing: dict[str, float] = {}
         self.sink = self._open_sink(config)
         self.timer = Timer()
+        self.parity = ParityGate(self.timer)
         self.stop = StopRequest()
 
     # ------------------------------------------------------------ the loop's stages
@@ -101,18 +104,20 @@ class Session:
         """Switch to a stage's settings; the first one of this process is already set up."""
         if stage is not self.stage:
             before = self.config
-            self.stage, self.config, self.stage_step, self.parity_due = stage, stage.config, 0, True
+            self.stage, self.config, self.stage_step, self.parity.due = stage, stage.config, 0, True
             self._load_data()
             if self.config.rewards != before.rewards:
                 self.scorer.close()
                 self.scorer = _tested_scorer(self.config)
             self.trainer.begin_stage(self.config, self.config.steps)
+            self.hidden_stream.begin_stage(self.config)
             self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
             if self.config.rollout != before.rollout:
                 self.engine, self.synced_version = None, None  # two engines at a time could be too many
                 self.engine = build_engine(self.config, self.tokenizer, parallel.device())
-        for remark in remarks(self.config) if is_main() else ():
+        for remark in (*remarks(self.config), *hidden_stream.remarks(self.config)) if is_main() else ():
             log.warning("stage %s: %s", stage.name, remark)
+        self._guard()
         if self.step == 0:
             self._evaluate()
 
@@ -177,10 +182,16 @@ class Session:
     def measure(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
         """The sequences with what is measured before the step: log-probs of this policy, the old one, the reference."""
         self.trainer.refresh_reference(stage_step)
-        measured = self._check_parity(sequences)
+        measured = self.parity.check(sequences, self.config, self.step, self.trainer.measure)
         sequences = self._add_old_policy(sequences, stage_step)
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)
+
+    def reward_hidden_states(
+        self, groups: list[Group], sequences: list[TrainingSequence], stage_step: int
+    ) -> list[Group]:
+        """The groups with the hidden-state reward, which was measured with the log-probs, in their scores."""
+        return self.hidden_stream.merge(groups, sequences, stage_step)
 
     def select(self, sequences: list[TrainingSequence], groups: list[Group]) -> list[TrainingSequence]:
         """HPT: of each prompt either the completions or the demonstration. ReLIFT: the completions; prompts queue."""
@@ -196,9 +207,10 @@ class Session:
 
     def finish_step(self, groups: list[Group], metrics: dict[str, float]) -> None:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
-        metrics = {**metrics, **group_statistics(groups), **self.parity, **self.accounting}
-        metrics |= {**self.sampling, **self.routing}
-        self.parity, self.accounting, self.sampling, self.routing = {}, Counter(), {}, {}
+        hidden = self.hidden_stream.end_step(self.stage_step, self.timer)
+        metrics = {**metrics, **group_statistics(groups), **self.parity.take(), **self.accounting}
+        metrics |= {**self.sampling, **self.routing, **hidden}
+        self.accounting, self.sampling, self.routing = Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
         between_steps = seconds.get("time/evaluate", 0.0) + seconds.get("time/save", 0.0)
@@ -210,7 +222,8 @@ class Session:
             if every and self.stage.samples_rollouts and self.step % every == 0:
                 dump(groups, self.folder / "rollouts" / f"step-{self.step:06d}.jsonl.zst")
         left = self.router.remark(self.stage_step, self.config.steps)
-        for remark in filter(None, (self.old_policy.watch(self.stage_step, metrics), left)):
+        clipped = self.old_policy.watch(self.stage_step, metrics)
+        for remark in filter(None, (clipped, left, self.hidden_stream.remark())):
             if is_main():
                 log.warning("stage %s: %s", self.stage.name, remark)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
@@ -220,8 +233,9 @@ class Session:
         checkpoint, ended = self.config.checkpoint, self.stage_step == self.stage.config.steps
         due = _due(self.step, checkpoint.export_every) or (ended and checkpoint.export_stages)
         if due and self.step < self.total_steps:
-            self._export(f"step-{self.step:06d}")
-        self._guard(metrics)
+            self.trainer.export_hf(self.folder / "hf" / f"step-{self.step:06d}")
+        limits = self.config.accounting
+        self._guard(find_problem(metrics, self.trainer.skipped_in_a_row, self.step, limits))
         if _due(self.step, checkpoint.every) and self.step < self.total_steps:
             self._save()
 
@@ -239,28 +253,12 @@ class Session:
         """Last evaluation, checkpoint, Hugging Face folder and report."""
         self._evaluate()
         self._save()
-        self._export("final")
+        self.trainer.export_hf(self.folder / "hf" / "final")
         if is_main():
             print(f"report: {write_report(self.folder)}")
             print(f"model:  {self.folder / 'hf' / 'final'}", flush=True)
 
     # ------------------------------------------------------------ parts of the stages
-
-    def _check_parity(self, sequences: list[TrainingSequence]) -> list[SequenceStats] | None:
-        """Compare trainer and engine log-probs when it is due; the measurement is handed on, as it may be of use."""
-        every = self.config.parity.every
-        due = self.parity_due or (every > 0 and self.step % every == 0)
-        if not self.stage.samples_rollouts or self.config.rollout.kind == "replay" or not due:
-            return None
-        with self.timer("parity"):
-            measured = self.trainer.measure(sequences)
-            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
-            report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
-            if not check_parity(report, self.config.parity, f"before step {self.step + 1}") and is_main():
-                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
-        self.parity_due = False
-        self.parity = report.metrics()
-        return measured
 
     def _add_old_policy(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
         """PSFT, SFT-KL: demonstrations with their log-probs under the old policy, which is refreshed when it is due."""
@@ -301,9 +299,10 @@ class Session:
         if is_main():
             result.write_json(self.folder / "evaluations" / f"step-{self.step:06d}.json")
 
-    def _guard(self, metrics: dict[str, float]) -> None:
-        """Stop the run, saved, when a step passes a limit of `accounting`; the same verdict on every rank."""
-        problem = find_problem(metrics, self.trainer.skipped_in_a_row, self.step, self.config.accounting)
+    def _guard(self, problem: str | None = None) -> None:
+        """Stop the run, saved, for this problem or a reward head too old for the next step; on every rank alike."""
+        if problem is None and self.stage_step < self.config.steps:
+            problem = self.hidden_stream.problem()
         if problem is not None:
             self._save()
             raise RunStopped(f"{problem}. The state is saved; the run can be resumed with other settings")
@@ -318,11 +317,8 @@ class Session:
             skipped_in_a_row=self.trainer.skipped_in_a_row,
         )
         with self.timer("save"):
-            arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays()
+            arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays() | self.hidden_stream.arrays()
             self.saves.write(self.trainer, progress, arrays)
-
-    def _export(self, name: str) -> None:
-        self.trainer.export_hf(self.folder / "hf" / name)
 
     # ------------------------------------------------------------ setting up and leaving
 

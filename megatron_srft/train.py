@@ -26,6 +26,7 @@ def train(run: Session) -> None:
             groups = run.refill(groups)
             sequences = to_sequences(groups)
             sequences = run.measure(sequences, stage_step)
+            groups = run.reward_hidden_states(groups, sequences, stage_step)
             sequences = with_advantages(sequences, groups, run.config.advantage, run.config.rewards, run.config.kl)
             sequences = run.select(sequences, groups)
             metrics = run.update(sequences, stage_step)

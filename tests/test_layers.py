@@ -16,7 +16,7 @@ ROWS = [
     {"data", "rewards", "advantages", "objectives", "weights", "hidden_reward"},
     {"rollout", "trainer"},
     {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
-    {"saves", "stage_data", "best_of_n"},
+    {"saves", "stage_data", "best_of_n", "hidden_stream", "parity_gate"},
     {"session", "convert", "doctor", "dry_run"},
     {"train", "model_options", "policy_sources"},
     {"evaluate_command", "generate_command", "best_of_n_command", "data_command", "analyze_command", "reward_command"},

@@ -18,6 +18,7 @@ SECTIONS = {
     "rewards": [
         "MathRewardConfig", "ExactRewardConfig", "JudgeRewardConfig", "FormatRewardConfig", "CosineRewardConfig",
         "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",
+        "SwiftRewardConfig",
     ],
     "advantage": ["AdvantageConfig"],
     "objective": [

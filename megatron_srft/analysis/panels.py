@@ -52,6 +52,30 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
             note="A group whose rewards are all equal gives a group advantage of zero.",
         ),
     ),
+    "Hidden-state reward": (
+        PanelPlan(
+            title="Scores of right and of wrong answers",
+            unit="logit",
+            keys=("swift/score_correct", "swift/score_wrong", "swift/score"),
+            note="Means over the step's rollouts, before normalisation and weight.",
+        ),
+        PanelPlan(
+            title="Does the head tell right from wrong?",
+            unit="share or correlation",
+            keys=("swift/auroc", "swift/correlation"),
+            note="AUROC within groups (chance: 0.5), correlation with the verdict (chance: 0). A fall while the reward "
+            "rises is a policy that pleases its head.",
+        ),
+        PanelPlan(
+            title="Age of the head",
+            unit="optimizer updates",
+            keys=("swift/staleness",),
+            kind="exact",
+            note="Since the weights that it was trained for; a refresh starts it anew.",
+        ),
+        PanelPlan(title="Loss of the head's refresh", unit="loss", keys=("swift/refresh_loss",)),
+        PanelPlan(title="Responses without a score", unit="share of responses", keys=("swift/unscored_share",)),
+    ),
     "Entropy and SRFT weights": (
         PanelPlan(
             title="Entropy of the policy",
@@ -172,7 +196,15 @@ SECTIONS: dict[str, tuple[PanelPlan, ...]] = {
     ),
 }
 
-HIDDEN = ("time/step", "ranks", "accounting/", "count/", "response_length/")
+HIDDEN = (
+    "time/step",
+    "ranks",
+    "accounting/",
+    "count/",
+    "response_length/",
+    "swift/auroc_groups",
+    "swift/refresh_responses",
+)
 """Keys that get no plot of their own: they stand in tables or the settings, or repeat what a plot shows."""
 
 

@@ -13,6 +13,7 @@ from megatron_srft.config.base import ConfigError, require
 from megatron_srft.config.combined import ChordConfig, HptConfig, ReliftConfig, RlSftConfig, SurrogateConfig
 from megatron_srft.config.critic import CriticConfig, CriticOptimizerConfig
 from megatron_srft.config.denominators import Denominator
+from megatron_srft.config.hidden_reward import SwiftRewardConfig, refreshes_after, swift_reward
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import LuffyConfig, SrftConfig
@@ -113,13 +114,16 @@ __all__ = [
     "SftKlConfig",
     "SrftConfig",
     "SurrogateConfig",
+    "SwiftRewardConfig",
     "VERIFIERS",
     "from_dict",
     "load",
     "merge",
     "name_streams",
     "parse_override",
+    "refreshes_after",
     "require",
+    "swift_reward",
     "to_dict",
     "to_yaml",
 ]

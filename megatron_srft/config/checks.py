@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_srft.config.base import require
 from megatron_srft.config.critic import check_critic
+from megatron_srft.config.hidden_reward import check_swift, swift_reward
 from megatron_srft.config.rewards import VERIFIERS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def check_stage(run: "RunConfig") -> None:
         "with each other; raise batch.rollouts_per_prompt above 1",
     )
     check_critic(run)
+    check_swift(run, verified=any(reward.kind in VERIFIERS for reward in run.rewards))
 
 
 def _check_numbers(run: "RunConfig") -> None:
@@ -67,7 +69,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 def _check_rewards(run: "RunConfig") -> None:
     verified = any(reward.kind in VERIFIERS for reward in run.rewards)
     require(
-        not run.samples_rollouts or verified,
+        not run.samples_rollouts or verified or swift_reward(run.rewards) is not None,
         "rewards has no verifier, so no answer could be right; add an item of kind math, exact or judge",
     )
     require(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from megatron_srft.config.base import require, section
+from megatron_srft.config.hidden_reward import SwiftRewardConfig
 from megatron_srft.config.verifiers import (
     ExactRewardConfig,
     FormatRewardConfig,
@@ -157,7 +158,8 @@ RewardConfig = Annotated[
     | LengthRewardConfig
     | OverlongRewardConfig
     | RepetitionRewardConfig
-    | FunctionRewardConfig,
+    | FunctionRewardConfig
+    | SwiftRewardConfig,
     pydantic.Field(discriminator="kind"),
 ]
 
@@ -173,6 +175,7 @@ REWARDS: dict[str, type[StreamConfig]] = {
         OverlongRewardConfig,
         RepetitionRewardConfig,
         FunctionRewardConfig,
+        SwiftRewardConfig,
     )
 }
 """Every class of reward by its kind."""

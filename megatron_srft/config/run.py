@@ -13,6 +13,7 @@ from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require, section
 from megatron_srft.config.checks import check_run, check_stage
 from megatron_srft.config.critic import CriticConfig
+from megatron_srft.config.hidden_reward import check_staleness
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
@@ -140,8 +141,14 @@ class RunConfig:
         """(stage name, resolved settings) of each stage in order.
 
         Raises:
-            ConfigError: a stage has no name, a name twice, or overrides what must stay the same over a run.
+            ConfigError: a stage has no name, a name twice, or overrides what must stay the same over a run; or its
+                reward head would grow older than it may.
         """
+        stages = self._stage_configs()
+        check_staleness(stages)
+        return stages
+
+    def _stage_configs(self) -> list[tuple[str, "RunConfig"]]:
         if not self.stages:
             return [(self.objective.kind, self.resolved())]
         base, out = to_dict(self), []

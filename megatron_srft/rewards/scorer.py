@@ -60,7 +60,8 @@ class Scorer:
     """
 
     def __init__(self, configs: tuple[RewardConfig, ...]):
-        self.streams = name_streams(configs)
+        self.streams = {name: config for name, config in name_streams(configs).items() if config.kind != "swift"}
+        """What an answer's text and tokens earn; a hidden-state reward is merged in later (hidden_stream/)."""
         unresolved = [name for name, config in self.streams.items() if getattr(config, "max_tokens", 0) is None]
         assert not unresolved, f"rewards.{unresolved} have no limit; use a resolved config"
         self._judges = {

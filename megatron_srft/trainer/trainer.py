@@ -239,9 +239,10 @@ class Trainer:
         return objective.entropy_level
 
     def _needs_measurement(self) -> bool:
-        """With one update per step the current log-probs are the old ones, so the extra forward pass is saved."""
+        """With one update per step the current log-probs are the old ones, so the extra forward pass is saved, unless
+        something else is read off it."""
         several = self.config.batch.updates_per_step > 1
-        return several or self._entropy_pool() is not None or self.config.kl.in_reward
+        return several or self._entropy_pool() is not None or self.config.kl.in_reward or self.reward_head is not None
 
     def _with_measurements(
         self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]
@@ -255,6 +256,7 @@ class Trainer:
                 policy_logprobs=stats.logprobs,
                 old_logprobs=stats.logprobs if several else sequence.old_logprobs,
                 pooled_entropy=pooled,
+                hidden_score=stats.hidden_score,
             )
             for sequence, stats, pooled in zip(sequences, measured, pools, strict=True)
         ]

@@ -1,0 +1,57 @@
+"""The comparison of trainer and rollout engine before an update: when it is due, and what comes of it."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from megatron_srft.config import RunConfig
+from megatron_srft.distributed import is_main
+from megatron_srft.metrics import Timer
+from megatron_srft.rollout.parity import check_parity, compare
+from megatron_srft.sample import TrainingSequence
+from megatron_srft.trainer.step import SequenceStats
+
+log = logging.getLogger(__name__)
+
+
+class ParityGate:
+    """Due before the first step of a run or a stage, and then every parity.every steps."""
+
+    def __init__(self, timer: Timer):
+        self.timer = timer
+        self.due = True
+        self.metrics: dict[str, float] = {}
+        """Of the latest comparison, until they are taken."""
+
+    def check(
+        self,
+        sequences: Sequence[TrainingSequence],
+        config: RunConfig,
+        step: int,
+        measure: Callable[[Sequence[TrainingSequence]], list[SequenceStats]],
+    ) -> list[SequenceStats] | None:
+        """Compare log-probs where it is due; the measurement is handed on, as it may be of use.
+
+        Args:
+            step: steps of the run already made.
+            measure: gives statistics under the current weights.
+
+        Raises:
+            ParityError: they differ beyond the limits, and the config says to stop.
+        """
+        every = config.parity.every
+        due = self.due or (every > 0 and step % every == 0)
+        if not config.samples_rollouts or config.rollout.kind == "replay" or not due:
+            return None
+        with self.timer("parity"):
+            measured = measure(sequences)
+            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
+            report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
+            if not check_parity(report, config.parity, f"before step {step + 1}") and is_main():
+                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
+        self.due, self.metrics = False, report.metrics()
+        return measured
+
+    def take(self) -> dict[str, float]:
+        """The metrics, once."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
