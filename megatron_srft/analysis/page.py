@@ -45,7 +45,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-n
 th { text-align: left; color: var(--muted); font-weight: 500; }
 td, th { padding: .4rem .9rem .4rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; } td.number { white-space: nowrap; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2.5rem;
   margin: 0; }
 .facts div { display: flex; gap: 1rem; border-bottom: 1px solid var(--line); padding: .38rem 0; font-size: .9rem; }
