@@ -13,7 +13,7 @@ from megatron_srft.best_of_n import page
 from megatron_srft.best_of_n.candidates import Candidates, read_candidates
 from megatron_srft.best_of_n.cost import Costs, measure_costs
 from megatron_srft.best_of_n.sweep import SWIFT, Question, Sweep, sweep
-from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig
+from megatron_srft.config import ConfigError, ParallelConfig, RunConfig, as_local
 from megatron_srft.hidden_reward import RewardHead, check_fits, load_head, prompt_fingerprint
 from megatron_srft.model_options import reward
 from megatron_srft.policy_sources import find_settings, find_source
@@ -61,7 +61,7 @@ def _check(options: argparse.Namespace) -> None:
 def _settings(options: argparse.Namespace, source: PolicySource) -> RunConfig:
     """Templates, limits and verifiers of the source's run or of --config; --reward in their place."""
     settings = find_settings(source, options.config)
-    rollout = settings.rollout if settings.rollout.kind == "local" else LocalRolloutConfig()
+    rollout = as_local(settings.rollout)
     if options.reward is not None:
         settings = replace(settings, rewards=(reward(options),))
     return measuring(settings, rollout)

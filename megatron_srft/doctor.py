@@ -24,7 +24,6 @@ OPTIONAL = {
     "transformer-engine": "fused layers on CUDA",
     "flash-attn": "used by TransformerEngine",
     "apex": "fused optimizer and norms on CUDA",
-    "vllm": "not used by this version",
     "wandb": "logging.wandb_project",
     "triton": "the ops' kernels on CUDA where the compiled extension has none",
 }
@@ -92,8 +91,19 @@ def _version(package: str) -> str | None:
 def optional_packages() -> Iterator[Finding]:
     for package, purpose in OPTIONAL.items():
         yield Finding(package, f"{_version(package) or 'not installed'} ({purpose})")
+    yield _vllm()
     for compiler in COMPILERS:
         yield Finding(compiler, shutil.which(compiler) or "not found")
+
+
+def _vllm() -> Finding:
+    """Whether rollout.kind vllm can be used; importing vllm itself would take ten seconds."""
+    from megatron_srft.rollout import vllm_interface
+
+    version = vllm_interface.installed_version()
+    fits = version is None or vllm_interface.SUPPORTED.contains(version, prereleases=True)
+    text = version or "not installed"
+    return Finding("vllm", f"{text} (rollout.kind vllm{'' if fits else f', which needs {vllm_interface.SUPPORTED}'})")
 
 
 def devices() -> Iterator[Finding]:

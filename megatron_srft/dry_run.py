@@ -10,7 +10,7 @@ from megatron_srft.evaluate import load_held_out
 from megatron_srft.layout import Memory
 from megatron_srft.metrics import check_packages
 from megatron_srft.rewards import Scorer
-from megatron_srft.rollout import load_tokenizer
+from megatron_srft.rollout import check_engine, load_tokenizer
 from megatron_srft.trainer.architecture import padded_vocab_size, transformer_config
 from megatron_srft.trainer.conversion import read_hf_config
 from megatron_srft.trainer.critic import check_folder
@@ -39,6 +39,7 @@ def main(arguments: list[str], config: RunConfig, ranks: int | None) -> int:
     model = read_model(config)
     stages = config.stage_configs()
     for _, stage in stages:
+        check_engine(stage, world_size)
         transformer_config(model, stage)
         check_folder(stage, model)
     tokenizer = load_tokenizer(config.model)

@@ -214,7 +214,7 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
         optimizer=numbers * MASTER_AND_MOMENT_BYTES[dtype] // shards,
         activations=round(activation_elements(config, model, stage, tokens) * BYTES[dtype]),
         head=head_bytes(config, model, tokens, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
-        engine=hf_folder_bytes(config, model) if generates(config) else 0,
+        engine=engine_bytes(config, model) if generates(config) else 0,
         cache=cache_bytes(config, model, world_size) if generates(config) else 0,
         critic=round(critic_parameters_on(config, model, stage, padded_vocab) * trained) if config.uses_critic else 0,
         reference=numbers * BYTES[dtype] * REFERENCE_COPIES if config.kl.needs_reference else 0,
@@ -261,11 +261,22 @@ def head_bytes(config: RunConfig, model: Architecture, tokens: int, padded_vocab
 
 def generates(config: RunConfig) -> bool:
     """Whether an engine with a model of its own samples completions in this run."""
-    return config.samples_rollouts and config.rollout.kind == "local"
+    return config.samples_rollouts and config.rollout.kind != "replay"
+
+
+def engine_bytes(config: RunConfig, model: Architecture) -> int:
+    """The engine's weights on one rank; vLLM cuts them over its own tensor-parallel ranks."""
+    ranks = config.rollout.engine_ranks if config.rollout.kind == "vllm" else 1
+    return hf_folder_bytes(config, model) // ranks
 
 
 def cache_bytes(config: RunConfig, model: Architecture, world_size: int) -> int:
-    """Keys and values of the sequences that one rank decodes together, each at its greatest length."""
+    """Keys and values of the sequences that one rank decodes together, each at its greatest length.
+
+    vLLM sets a fixed amount aside; only `kv_cache_memory_bytes` says how much before it has started.
+    """
+    if config.rollout.kind == "vllm":
+        return config.rollout.vllm.get("kv_cache_memory_bytes", 0)
     share = -(-config.batch.prompts_per_step * config.batch.rollouts_per_prompt // world_size)
     sequences = min(config.rollout.max_concurrent_sequences, share)
     tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens

@@ -12,11 +12,11 @@ from megatron_srft import config as configuration
 from megatron_srft import distributed
 from megatron_srft.config import (
     ExactRewardConfig,
-    LocalRolloutConfig,
     MathRewardConfig,
     ParallelConfig,
     RewardConfig,
     RunConfig,
+    as_local,
 )
 from megatron_srft.convert import checkpoint_model, run_config
 from megatron_srft.trainer import parallel
@@ -35,7 +35,7 @@ def answer_settings(options: argparse.Namespace) -> RunConfig:
         ConfigError: an option has an impossible value.
     """
     config = _file_settings(options)
-    rollout = config.rollout if config.rollout.kind == "local" else LocalRolloutConfig()
+    rollout = as_local(config.rollout)
     if options.max_response_tokens is not None:
         rollout = replace(rollout, max_response_tokens=options.max_response_tokens)
     rewards = config.rewards if options.reward is None else (reward(options),)

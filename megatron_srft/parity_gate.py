@@ -28,12 +28,14 @@ class ParityGate:
         config: RunConfig,
         step: int,
         measure: Callable[[Sequence[TrainingSequence]], list[SequenceStats]],
+        investigate: Callable[[], tuple[str, ...]],
     ) -> list[SequenceStats] | None:
         """Compare log-probs where it is due; the measurement is handed on, as it may be of use.
 
         Args:
             step: steps of the run already made.
             measure: gives statistics under the current weights.
+            investigate: finds out more before the run stops; see parity_probe.py.
 
         Raises:
             ParityError: they differ beyond the limits, and the config says to stop.
@@ -46,8 +48,12 @@ class ParityGate:
             measured = measure(sequences)
             pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
             report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
-            if not check_parity(report, config.parity, f"before step {step + 1}") and is_main():
-                log.warning("trainer and engine disagree beyond the limits; going on with importance weights")
+            if not check_parity(report, config.parity, f"before step {step + 1}", investigate) and is_main():
+                log.warning(
+                    "before step %d: trainer and engine disagree beyond the limits (log-probs by %.3g on average and "
+                    "%.3g at most); going on, as parity.on_failure is %s",
+                    *(step + 1, report.mean_difference, report.max_difference, config.parity.on_failure),
+                )
         self.due, self.metrics = False, report.metrics()
         return measured
 

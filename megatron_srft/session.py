@@ -19,9 +19,10 @@ from megatron_srft.evaluate import evaluate
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.parity_gate import ParityGate
+from megatron_srft.parity_probe import investigate
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
-from megatron_srft.rollout import build_engine, collect, dump, load_tokenizer
+from megatron_srft.rollout import RolloutEngine, build_engine, check_engine, collect, dump, load_tokenizer
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
@@ -75,6 +76,8 @@ class Session:
         heads = hidden_stream.read_heads(
             [s.config for s in self.stages[self.stage.number :]], architecture, self.tokenizer
         )
+        for stage in self.remaining_stages():
+            check_engine(stage.config, size(groups.world))
         self._load_data()
         self.scorer = _tested_scorer(self.config)
         self.trainer = Trainer(self.config, groups)
@@ -85,7 +88,7 @@ class Session:
         self.router.restore(arrays)
         self.data.prompts(self.router.waiting)
         self.hidden_stream.begin(self.config, arrays)
-        self.engine = build_engine(self.config, self.tokenizer, parallel.device())
+        self.engine = self._build_engine()
         self.synced_version: int | None = None
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}
@@ -113,8 +116,8 @@ class Session:
             self.hidden_stream.begin_stage(self.config)
             self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
             if self.config.rollout != before.rollout:
-                self.engine, self.synced_version = None, None  # two engines at a time could be too many
-                self.engine = build_engine(self.config, self.tokenizer, parallel.device())
+                self.engine.close()  # two engines at a time could be too many
+                self.engine, self.synced_version = self._build_engine(), None
         for remark in (*remarks(self.config), *hidden_stream.remarks(self.config)) if is_main() else ():
             log.warning("stage %s: %s", stage.name, remark)
         self._guard()
@@ -182,7 +185,11 @@ class Session:
     def measure(self, sequences: list[TrainingSequence], stage_step: int) -> list[TrainingSequence]:
         """The sequences with what is measured before the step: log-probs of this policy, the old one, the reference."""
         self.trainer.refresh_reference(stage_step)
-        measured = self.parity.check(sequences, self.config, self.step, self.trainer.measure)
+
+        def findings() -> tuple[str, ...]:
+            return investigate(self.engine, self.trainer, sequences, self.config, self.groups.world)
+
+        measured = self.parity.check(sequences, self.config, self.step, self.trainer.measure, findings)
         sequences = self._add_old_policy(sequences, stage_step)
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)
@@ -322,6 +329,9 @@ class Session:
 
     # ------------------------------------------------------------ setting up and leaving
 
+    def _build_engine(self) -> RolloutEngine:
+        return build_engine(self.config, self.tokenizer, parallel.device(), self.groups.world)
+
     def _load_data(self) -> None:
         self.data = read_stage_data(self.config, self.tokenizer, self.vocab_size)
         if is_main():
@@ -348,6 +358,8 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.stop.__exit__(*exception)
         self.scorer.close()
+        if exception[0] is None:  # otherwise other ranks may not come to where an engine's groups are taken apart
+            self.engine.close()
         self.sink.close()
         self.saves.close()
 

@@ -161,6 +161,8 @@ def test_sampled_answers_share_no_random_numbers_with_the_first_step(model_folde
     asked = []
 
     class Recorder:
+        ranks = 1
+
         def generate(self, requests, sampling):
             asked.extend(requests)
             return [completion(1) for _ in requests]

@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_srft"
 
 ROWS = [
-    {"config", "sample", "distributed", "metrics", "errors", "presence"},
+    {"config", "sample", "distributed", "metrics", "errors", "presence", "deadline"},
     {"ops"},
     {"data", "rewards", "advantages", "objectives", "weights", "hidden_reward"},
     {"rollout", "trainer"},
-    {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing"},
+    {"evaluate", "analysis", "curation", "layout", "stages", "guards", "dynamic_sampling", "routing", "parity_probe"},
     {"saves", "stage_data", "best_of_n", "hidden_stream", "parity_gate"},
     {"session", "convert", "doctor", "dry_run"},
     {"train", "model_options", "policy_sources"},

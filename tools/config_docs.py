@@ -14,7 +14,7 @@ SECTIONS = {
     "ops": ["OpsConfig"],
     "data": ["DataConfig"],
     "batch": ["BatchConfig"],
-    "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig"],
+    "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig", "VllmRolloutConfig"],
     "rewards": [
         "MathRewardConfig", "ExactRewardConfig", "JudgeRewardConfig", "FormatRewardConfig", "CosineRewardConfig",
         "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",

@@ -13,7 +13,7 @@ from megatron_srft.analysis.comparison_page import write_comparison
 from megatron_srft.analysis.page import facts, table
 from megatron_srft.analysis.policy import PolicyReader, PolicySource, common_tokenizer, measuring, reading
 from megatron_srft.analyze_command.references import read_references
-from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig, require
+from megatron_srft.config import ConfigError, ParallelConfig, RunConfig, as_local, require
 from megatron_srft.distributed import is_main
 from megatron_srft.errors import launched_rank
 from megatron_srft.policy_sources import find_settings, find_source, find_sources
@@ -161,7 +161,7 @@ def _layout(options: argparse.Namespace) -> ParallelConfig:
 def _settings(options: argparse.Namespace, source: PolicySource) -> RunConfig:
     """Settings of the source's run (or of --config), with what the command line says in their place."""
     settings = find_settings(source, options.config)
-    rollout = settings.rollout if settings.rollout.kind == "local" else LocalRolloutConfig()
+    rollout = as_local(settings.rollout)
     named = {"temperature": options.temperature, "max_response_tokens": getattr(options, "max_response_tokens", None)}
     rollout = replace(rollout, **{key: value for key, value in named.items() if value is not None})
     for name in ("samples", "show", "max_problems"):

@@ -34,6 +34,8 @@ from megatron_srft.config.rollouts import (
     ReplayRolloutConfig,
     RolloutConfig,
     SamplingConfig,
+    VllmRolloutConfig,
+    as_local,
 )
 from megatron_srft.config.run import (
     FIXED_OVER_STAGES,
@@ -116,6 +118,8 @@ __all__ = [
     "SurrogateConfig",
     "SwiftRewardConfig",
     "VERIFIERS",
+    "VllmRolloutConfig",
+    "as_local",
     "from_dict",
     "load",
     "merge",

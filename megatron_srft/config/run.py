@@ -18,7 +18,7 @@ from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
 from megatron_srft.config.rewards import REWARDS, RewardConfig, with_limit
-from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig
+from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig, VllmRolloutConfig
 from megatron_srft.config.setup import (
     BatchConfig,
     DataConfig,
@@ -280,7 +280,7 @@ def to_yaml(config: RunConfig) -> str:
 def _explain(error: pydantic.ValidationError, prefix: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    key = prefix + ".".join(part for part in location if part not in KINDS)
+    key = prefix + ".".join(_visible(location))
     if first["type"] == "unexpected_keyword_argument":
         names = _names_at([part for part in location[:-1]])
         close = difflib.get_close_matches(location[-1], names, n=1)
@@ -303,10 +303,13 @@ def _explain(error: pydantic.ValidationError, prefix: str) -> str:
 
 
 def _visible(location: list[str]) -> list[str]:
-    return [part for part in location if part not in KINDS]
+    """The keys as the user wrote them. A tag stands behind its section; what follows a tag is a key of that name."""
+    return [part for i, part in enumerate(location) if part not in KINDS or (i > 0 and location[i - 1] in KINDS)]
 
 
-KINDS = {"local", "replay", *REWARDS, *OBJECTIVES}
+ROLLOUTS = {"local": LocalRolloutConfig, "replay": ReplayRolloutConfig, "vllm": VllmRolloutConfig}
+
+KINDS = {*ROLLOUTS, *REWARDS, *OBJECTIVES}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""
 
 
@@ -315,7 +318,7 @@ def _names_at(location: list[str]) -> list[str]:
     sections = {"": RunConfig} | {
         f.name: f.default_factory for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory)
     }
-    tagged = {"local": LocalRolloutConfig, "replay": ReplayRolloutConfig, **REWARDS, **OBJECTIVES}
+    tagged = {**ROLLOUTS, **REWARDS, **OBJECTIVES}
     cls = RunConfig
     for part in location:
         cls = tagged.get(part) or sections.get(part) or cls

@@ -83,11 +83,13 @@ class ParityConfig:
     max_difference: float = 1.0
     """Largest allowed single difference, in nats."""
 
-    on_failure: Literal["stop", "truncate", "mask"] = "stop"
-    """stop: end the run with a diagnosis. truncate / mask: go on with truncated or masked importance sampling."""
+    on_failure: Literal["stop", "truncate", "mask", "mask_sequences", "ignore"] = "stop"
+    """stop: end the run with a diagnosis. Otherwise go on, every step with importance weights of the rollout tokens:
+    truncate: truncated. mask: those beyond the limit are left out. mask_sequences: whole completions are, by the mean
+    over their tokens; the others' weights are truncated. ignore: none."""
 
     importance_limit: float = 2.0
-    """Truncate the importance weight at this value, or mask tokens beyond it."""
+    """Truncate the importance weight at this value; leave out what lies beyond it or its inverse."""
 
     def __post_init__(self):
         require_at_least(0, self, "parity", "every", "max_mean_difference", "max_difference")

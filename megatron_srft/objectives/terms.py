@@ -10,6 +10,7 @@ natural logarithms under the policy at the sampling temperature. Nothing here wa
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -262,17 +263,22 @@ def sums_by_sequence(values: Tensor, inputs: ObjectiveInputs) -> Tensor:
 
 
 def with_importance_weights(
-    inputs: ObjectiveInputs, kind: Literal["truncate", "mask"], limit: float
+    inputs: ObjectiveInputs, kind: Literal["truncate", "mask", "mask_sequences"], limit: float
 ) -> ObjectiveInputs:
     """Inputs whose rollout rows are weighted by w = policy before the step / engine, for an engine unlike the trainer.
 
-    truncate: min(w, limit). mask: w where 1/limit <= w <= limit, else 0. On demonstrations w = 1.
+    truncate: min(w, limit). mask: w where 1/limit <= w <= limit, else 0. mask_sequences: min(w, limit) where the
+    geometric mean of w over the whole response lies within those bounds, else 0. On demonstrations w = 1.
     """
     before_step = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     difference = (before_step - inputs.rollout_logprobs).masked_fill(inputs.is_demonstration, 0)
     _, weights, _ = clamped_exp(difference)
-    if kind == "truncate":
-        weights = weights.clamp(max=limit)
-    else:
+    if kind == "mask":
         weights = torch.where((weights >= 1 / limit) & (weights <= limit), weights, 0)
+    else:
+        weights = weights.clamp(max=limit)
+    if kind == "mask_sequences":
+        sums = difference.new_zeros(inputs.num_sequences).index_add(0, inputs.sequence, difference)
+        mean = sums[inputs.sequence] / inputs.response_lengths
+        weights = torch.where(mean.abs() <= math.log(limit), weights, 0)
     return dataclasses.replace(inputs, importance_weights=weights)

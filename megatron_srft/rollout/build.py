@@ -5,22 +5,31 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from megatron_srft import distributed
 from megatron_srft.config import ConfigError, ModelConfig, RunConfig
+from megatron_srft.rollout import vllm
 from megatron_srft.rollout.cache import SLOT_ATTENTION
 from megatron_srft.rollout.engine import RolloutEngine
 from megatron_srft.rollout.local import LocalEngine
 from megatron_srft.rollout.replay import ReplayEngine
 
 
-def build_engine(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutEngine:
+def build_engine(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, world: distributed.Group = None
+) -> RolloutEngine:
     """The engine of `config.rollout`; it waits for its first `update_weights`.
 
+    Args:
+        world: the ranks that vLLM's engines are cut from.
+
     Raises:
-        ValueError: the model's folder or the replay's folder is not there.
+        ValueError: the model's folder or the replay's folder is not there, or vLLM refuses what it is told.
     """
     if config.rollout.kind == "replay":
         return ReplayEngine(Path(config.rollout.folder))
     folder = _model_folder(config.model)
+    if config.rollout.kind == "vllm":
+        return vllm.VllmEngine(config, tokenizer, world)
     trust = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     with torch.device(device):
@@ -33,6 +42,12 @@ def build_engine(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: 
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return LocalEngine(model, tokenizer, max_concurrent_sequences=config.rollout.max_concurrent_sequences)
+
+
+def check_engine(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError for a mistake in `config.rollout` that can be found before a model is loaded."""
+    if config.rollout.kind == "vllm":
+        vllm.check_engine(config, world_size)
 
 
 def load_local_engine(

@@ -24,7 +24,7 @@ def collect(
     sampled: Sequence[Prompt] = (),
     score: Score | None = None,
 ) -> list[Group]:
-    """Sample `n` completions of every prompt, each prompt on one rank of `world`.
+    """Sample `n` completions of every prompt, each prompt by one of the engines of `world`.
 
     Args:
         prompts: the same list on every rank.
@@ -37,20 +37,23 @@ def collect(
         One group per prompt, in the order of `prompts`; the same list on every rank.
     """
     assert len(demonstrations) == len(prompts)
-    own, first = share(prompts, world), first_samples(prompts, n, sampled)
+    engine_number, member = divmod(distributed.rank(world), engine.ranks)
+    own = share(prompts, distributed.size(world) // engine.ranks, engine_number)
+    first = first_samples(prompts, n, sampled)
     requests = [Request(prompt=prompts[i], sample=first[i] + s, seed=seed, step=step) for i in own for s in range(n)]
     completions = engine.generate(requests, sampling) if requests else []
+    kept = list(enumerate(own))[member :: engine.ranks]  # the engine's other ranks have the same completions
     groups = [
         Group(
             prompt=prompts[i],
             completions=tuple(completions[place * n : (place + 1) * n]),
             demonstration=demonstrations[i],
         )
-        for place, i in enumerate(own)
+        for place, i in kept
     ]
     if score is not None:
         groups = score(groups)
-    return gather(dict(zip(own, groups, strict=True)), prompts, demonstrations, world)
+    return gather({i: group for (_, i), group in zip(kept, groups, strict=True)}, prompts, demonstrations, world)
 
 
 def first_samples(prompts: list[Prompt], n: int, sampled: Sequence[Prompt] = ()) -> list[int]:
@@ -67,15 +70,14 @@ def first_samples(prompts: list[Prompt], n: int, sampled: Sequence[Prompt] = ())
     return first
 
 
-def share(prompts: list[Prompt], world: distributed.Group) -> list[int]:
-    """Indices of this rank's prompts: dealt out one by one from the longest to the shortest, back and forth."""
-    ranks, rank = distributed.size(world), distributed.rank(world)
+def share(prompts: list[Prompt], engines: int, number: int) -> list[int]:
+    """Indices of one engine's prompts: dealt out one by one from the longest to the shortest, back and forth."""
     by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
-    rounds = [by_length[start : start + ranks] for start in range(0, len(by_length), ranks)]
-    dealt = [(deal if number % 2 == 0 else deal[::-1]) for number, deal in enumerate(rounds)]
-    if dealt and len(dealt[-1]) < ranks:
+    rounds = [by_length[start : start + engines] for start in range(0, len(by_length), engines)]
+    dealt = [(deal if place % 2 == 0 else deal[::-1]) for place, deal in enumerate(rounds)]
+    if dealt and len(dealt[-1]) < engines:
         dealt[-1] = sorted(dealt[-1])
-    return sorted(deal[rank] for deal in dealt if rank < len(deal))
+    return sorted(deal[number] for deal in dealt if number < len(deal))
 
 
 def gather(

@@ -37,12 +37,19 @@ class Request:
 class RolloutEngine(Protocol):
     """Samples completions from the newest weights it was given."""
 
+    ranks: int
+    """Neighbouring ranks of the world that are one engine together: they pass the same requests and get the same
+    completions."""
+
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Take over a full set of weights under their Hugging Face names.
 
         Raises:
             ValueError: a name is unknown or missing, or a tensor has another shape than the model's.
         """
+
+    def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """Names of those tensors (all of the model's, in full) that this rank's part of the engine holds otherwise."""
 
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """One completion per request, in the order of the requests.
@@ -51,3 +58,6 @@ class RolloutEngine(Protocol):
             ValueError: a request cannot be served (prompt and response exceed the model's positions, for example).
             RolloutError: the weights give log-probs that are not finite.
         """
+
+    def close(self) -> None:
+        """Give memory back; the engine is of no use afterwards."""

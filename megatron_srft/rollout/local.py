@@ -33,6 +33,8 @@ FIRST_SLOTS = 128
 class LocalEngine:
     """Samples with a transformers model on this rank's device. Needs `update_weights` before the first `generate`."""
 
+    ranks = 1
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_concurrent_sequences: int):
         """
         Args:
@@ -64,6 +66,11 @@ class LocalEngine:
             raise ValueError(f"{len(names)} weights of the rollout model did not arrive: {', '.join(names[:5])}")
         self.policy_version = policy_version
 
+    def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """See `RolloutEngine`."""
+        own = self.model.state_dict()
+        return [name for name, tensor in tensors if name not in own or not torch.equal(own[name], tensor)]
+
     @torch.inference_mode()
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """See `RolloutEngine`."""
@@ -83,6 +90,9 @@ class LocalEngine:
             )
             for sampled, text in zip(decoding.finished, texts, strict=True)
         ]
+
+    def close(self) -> None:
+        self.model = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ mean(exp(d) - 1 - d) (joschu.net/blog/kl-approx.html), and reads a cause from wh
 Beyond the limits a run stops, unless it was told to go on with importance weights (objectives/terms.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,21 +98,29 @@ def compare(trainer_logprobs: list[np.ndarray], rollout_logprobs: list[np.ndarra
     )
 
 
-def check_parity(report: ParityReport, config: ParityConfig, context: str = "") -> bool:
+def within_limits(report: ParityReport, config: ParityConfig) -> bool:
+    return report.mean_difference <= config.max_mean_difference and report.max_difference <= config.max_difference
+
+
+def check_parity(
+    report: ParityReport,
+    config: ParityConfig,
+    context: str = "",
+    investigate: Callable[[], tuple[str, ...]] = tuple,
+) -> bool:
     """Whether the report keeps the limits.
 
     Args:
         context: says when, for the message: "before the first update", "in step 40".
+        investigate: finds out more when the run is about to stop; its findings come first in the message.
 
     Raises:
         ParityError: it does not, and config.on_failure is "stop".
     """
-    too_large = not (
-        report.mean_difference <= config.max_mean_difference and report.max_difference <= config.max_difference
-    )
-    if too_large and config.on_failure == "stop":
-        raise ParityError(_diagnosis(report, config, context))
-    return not too_large
+    sound = within_limits(report, config)
+    if not sound and config.on_failure == "stop":
+        raise ParityError(_diagnosis(report, config, context, investigate()))
+    return sound
 
 
 def _lay_out(trainer: list[np.ndarray], rollout: list[np.ndarray]) -> _Tokens:
@@ -198,10 +207,11 @@ def _by_position(tokens: _Tokens) -> str | None:
     )
 
 
-def _diagnosis(report: ParityReport, config: ParityConfig, context: str) -> str:
+def _diagnosis(report: ParityReport, config: ParityConfig, context: str, findings: tuple[str, ...]) -> str:
     low, median, high = report.ratio_percentiles
     quartiles = ", ".join(f"{value:.3g}" for value in report.quartile_differences)
     causes = "".join(f"\n  - {cause}" for cause in report.causes) or "\n  - no clear pattern"
+    found = "Found:" + "".join(f"\n  - {finding}" for finding in findings) + "\n" if findings else ""
     return (
         f"trainer and rollout engine disagree{context and ' '}{context}: over {report.tokens} tokens the log-prob "
         f"difference has mean {report.mean_difference:.3g} (parity.max_mean_difference "
@@ -209,6 +219,6 @@ def _diagnosis(report: ParityReport, config: ParityConfig, context: str) -> str:
         f"{config.max_difference:g}), at sequence {report.worst_sequence}, position {report.worst_position}.\n"
         f"Ratio percentiles 1/50/99: {low:.4g} / {median:.4g} / {high:.4g}; KL {report.kl:.3g}; "
         f"mean by quarter of the response: {quartiles}.\n"
-        f"Likely causes:{causes}\n"
-        "To go on with importance weights instead, set parity.on_failure to truncate or mask."
+        f"{found}Likely causes:{causes}\n"
+        "To go on with importance weights instead, set parity.on_failure to truncate, mask or mask_sequences."
     )

@@ -16,6 +16,8 @@ from megatron_srft.sample import Completion, Group
 class ReplayEngine:
     """Reads `step-*.jsonl.zst` or `.jsonl` from a folder. Completions keep the policy version that sampled them."""
 
+    ranks = 1
+
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise ValueError(f"rollout.folder {folder} does not exist; name a folder with dumped rollouts")
@@ -27,6 +29,10 @@ class ReplayEngine:
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Nothing to do: the weights are not even gathered, on any rank."""
 
+    def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """It holds no weights that could differ."""
+        return []
+
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """The dumped completions.
 
@@ -35,6 +41,9 @@ class ReplayEngine:
         """
         asked = Counter((request.step, request.prompt.id) for request in requests)
         return [self._find(request, asked[request.step, request.prompt.id]) for request in requests]
+
+    def close(self) -> None:
+        self.groups = {}
 
     def _find(self, request: Request, n: int) -> Completion:
         if request.step != self.step:

@@ -146,7 +146,7 @@ def _objective_loss(
 ) -> objectives.ObjectiveOutput:
     inputs = objectives.gather_inputs(batch, stats)
     parity = config.parity
-    if parity.on_failure != "stop":
+    if parity.on_failure not in ("stop", "ignore"):
         inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
     return objectives.compute(inputs, counts, config.objective, config.kl)
 

@@ -107,6 +107,17 @@ def test_importance_weights_for_an_engine_unlike_the_trainer():
     assert masked.importance_weights.tolist() == pytest.approx([math.exp(0.5), 0.0, 0.0, 1.0])
 
 
+def test_whole_completions_are_left_out_by_the_mean_over_their_tokens():
+    sequences = [
+        Sequence([-1.0, -1.0, -1.0], rollout=[-3.0, -1.0, -1.0]),  # mean of log r: 2/3, within log 2
+        Sequence([-1.0, -1.0], rollout=[-1.7, -1.7]),  # 0.7, beyond it
+        Sequence([-1.0, -1.0], rollout=[-0.3, -0.3]),  # -0.7
+        Sequence([-1.0], demonstration=True, rollout=[5.0]),
+    ]
+    corrected = with_importance_weights(inputs_of(sequences), "mask_sequences", 2.0)
+    assert corrected.importance_weights.tolist() == pytest.approx([2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+
+
 def test_sizes_of_populations():
     counts = counts_of([Sequence([-1.0] * 3), Sequence([-1.0] * 2), Sequence([-1.0] * 7, demonstration=True)])
     sizes = {

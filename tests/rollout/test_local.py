@@ -201,3 +201,11 @@ def test_a_damaged_tokenizer_is_named(folders, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="its tokenizer cannot be read .*copy its files anew"):
         load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_weights_that_differ_are_named(folders):
+    engine = make_engine(folders["llama3"])
+    weights = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    assert engine.unlike(weights.items()) == []
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] += 1e-3
+    assert engine.unlike(weights.items()) == ["model.layers.2.mlp.up_proj.weight"]

@@ -85,7 +85,7 @@ def test_a_log_prob_that_is_not_finite_never_passes():
         check_parity(report, ParityConfig(max_mean_difference=1e9, max_difference=1e9))
 
 
-@pytest.mark.parametrize("reaction", ["truncate", "mask"])
+@pytest.mark.parametrize("reaction", ["truncate", "mask", "mask_sequences", "ignore"])
 def test_told_to_go_on_the_gate_only_reports(reaction):
     engine = engine_side()
     report = compare(perturb(engine, PATTERNS["weights"][0]), engine)
