@@ -91,7 +91,8 @@ def compare(states, known: Verified, parts, settings: FitSettings, unembedding) 
     def head(name: str, of: list, lm=None, **changes) -> Row:
         began = time.perf_counter()
         fitted = fit(StackedStates(of), responses, replace(settings, **changes), parts=parts, lm_head=lm)
-        size = (2 if changes.get("gate", True) else 1) * (fitted.weight.shape[0] * fitted.weight.shape[2] + 1)
+        inputs = of[0].shape[0] * of[0].shape[2] if lm is None else lm.shape[0]
+        size = (2 if changes.get("gate", True) else 1) * (inputs + 1)
         assert np.array_equal(fitted.validation, held_out)
         return judged(name, size, began, fitted.validation_scores)
 
