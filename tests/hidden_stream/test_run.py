@@ -282,6 +282,16 @@ def test_a_head_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
     assert not (config.folder / "metrics.jsonl").exists() and not list((config.folder / "checkpoints").iterdir())
 
 
+def test_scores_that_are_no_numbers_end_the_run_before_an_update(tmp_path):
+    path = write_inputs(tmp_path, rewards=rewards(tmp_path), objective={"kind": "grpo"})
+    head = write_head(tmp_path / "head", tmp_path / "model", path)
+    save_head(replace(head, weight=head.weight.sign() * 3e38), tmp_path / "head")
+    config = configuration.load(path)
+    with pytest.raises(ValueError, match="of 9 sequences give no finite reward: the first is sequence"):
+        run_training(config)
+    assert read_metrics(config.folder) == []
+
+
 # ---------------------------------------------------------------- age and watch
 
 
