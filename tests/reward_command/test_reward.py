@@ -218,6 +218,7 @@ def two_ranks(folder: str) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_head_and_one_of_them_tells(folder):
     with contextlib.chdir(folder):
         arguments = "reward train model step-000000.jsonl.zst --output alone --epochs 2 --lr 0.01"

@@ -164,6 +164,7 @@ def folder(tmp_path_factory) -> Path:
     return make_model("qwen2", tmp_path_factory.mktemp("features") / "model", vocab=99, tied=False)
 
 
+@pytest.mark.slow
 def test_gradients_and_training_are_the_same_under_every_layout(folder, tmp_path):
     expected = [expected_gradient(folder, config, LOSSES[number]) for number, config in enumerate(HEADS)]
     first, second = spawn(2, under_every_layout, str(folder), expected, str(tmp_path / "cache"))
