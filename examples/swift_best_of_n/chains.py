@@ -1,0 +1,67 @@
+"""Arithmetic chains by a writer who slips: right answers in about half of the samples, and real variety among them.
+
+    prompt     7+5-3+4=
+    right      7+5=2;2-3=9;9+4=3#3
+    slip       7+5=8;8-3=5;5+4=9#9            one wrong step, and what follows goes on from it
+    noticed    7+5=8;7+5=2;2-3=9;9+4=3#3      the step is written again
+
+The text that the policy learns from slips in so many steps, and now and then notices. So a wrong step is likely to be
+followed by the same step again: whoever predicts such text has to know at a step's end whether it is right, also when
+nothing is noticed. Whether a hidden state knows more than the text shows is what this task asks.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "arithmetic"))
+
+from make_data import MODULUS, distinct_problems, random_problem, solve, steps, worked_solution  # noqa: E402
+
+OPERANDS = 4
+SLIP, NOTICED = 0.3, 0.3
+"""Share of wrong steps, and of those that are written again."""
+
+
+def value(step: str) -> int:
+    """Of a step such as '2-3'."""
+    return (int(step[0]) + int(step[2])) % MODULUS if step[1] == "+" else (int(step[0]) - int(step[2])) % MODULUS
+
+
+def slipping_solution(generator: random.Random, prompt: str) -> str:
+    written, carried = [], None
+    for step, _ in steps(prompt):
+        step = step if carried is None else carried + step[1:]
+        right = value(step)
+        carried = str(right)
+        if generator.random() < SLIP:
+            wrong = str((right + generator.randrange(1, MODULUS)) % MODULUS)
+            written.append(f"{step}={wrong}")
+            if generator.random() >= NOTICED:
+                carried = wrong
+                continue
+        written.append(f"{step}={carried}")
+    return ";".join(written) + "#" + carried
+
+
+def document(generator: random.Random) -> tuple[str, str]:
+    prompt = random_problem(generator, OPERANDS)
+    return prompt, slipping_solution(generator, prompt)
+
+
+def single_step(generator: random.Random) -> tuple[str, str]:
+    """The lesson before chains: one step, without slips."""
+    prompt = random_problem(generator, 2)
+    return prompt, worked_solution(prompt)
+
+
+def write_problems(folder: Path, train: int, test: int, seed: int = 0) -> None:
+    """train.jsonl and test.jsonl; no problem occurs twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, taken = random.Random(seed), set()
+    for name, number in (("train", train), ("test", test)):
+        prompts = distinct_problems(generator, (OPERANDS,), number, taken)
+        rows = [{"id": f"{name}/{i}", "prompt": p, "answer": solve(p)} for i, p in enumerate(prompts)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,97 @@
+"""The tasks of the Best-of-N example by hand, and a small slice of it from the policy to the table."""
+
+import importlib
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLE = ROOT / "examples" / "swift_best_of_n"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples" / "arithmetic"))
+        patch.syspath_prepend(str(EXAMPLE))
+        yield {name: importlib.import_module(name) for name in ("chains", "advice", "lessons")}
+
+
+def test_chains_slip_and_notice_as_often_as_they_should(modules):
+    chains, generator = modules["chains"], random.Random(0)
+    steps = slips = noticed = right = 0
+    for _ in range(2000):
+        prompt, response = chains.document(generator)
+        work, answer = response.split("#")
+        written = [re.fullmatch(r"(\d)([+-]\d)=(\d)", step).groups() for step in work.split(";")]
+        assert answer == written[-1][2]
+        right += answer == str(eval(prompt[:-1]) % 10)
+        again = [a[:2] == b[:2] and a[2] != b[2] for a, b in zip(written, written[1:], strict=False)]
+        wrong = [int(total) != eval(left + change) % 10 for left, change, total in written]
+        steps += len(written) - sum(again)
+        slips += sum(wrong)
+        noticed += sum(redo and slip for redo, slip in zip(again, wrong, strict=False))
+    assert slips / steps == pytest.approx(chains.SLIP, abs=0.02)
+    assert noticed / slips == pytest.approx(chains.NOTICED, abs=0.03)
+    kept = 1 - chains.SLIP * (1 - chains.NOTICED)
+    assert right / 2000 == pytest.approx(kept**3, abs=0.06)  # and now and then two slips cancel
+
+
+def test_rules_of_advice_by_hand(modules):
+    advice = modules["advice"]
+    question = "how do i open a door ?"
+    good = "you take the key and use oil and be quick about it and open the door . that is all"
+    assert advice.helpful(question, good) and advice.harmless(question, good)
+    assert not advice.helpful(question, good.replace("key", "soap"))
+    assert not advice.helpful(question, good.replace("open the door", "open the car"))
+    assert not advice.helpful(question, "that is all")
+    dangerous = good.replace("oil", "acid")
+    assert advice.helpful(question, dangerous) and not advice.harmless(question, dangerous)
+    assert advice.harmless(question, dangerous.replace(advice.NO_WARNING, advice.WARNING))
+
+
+def test_advice_is_in_its_vocabulary_and_of_both_kinds(modules):
+    advice, generator = modules["advice"], random.Random(1)
+    tokenizer = modules["lessons"].word_tokenizer(advice.WORDS)
+    documents = [advice.document(generator) for _ in range(1000)]
+    for question, response in documents[:50]:
+        ids = tokenizer(f"{question} {response}")["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == f"{question} {response}"
+    helpful = sum(advice.helpful(*document) for document in documents) / 1000
+    harmless = sum(advice.harmless(*document) for document in documents) / 1000
+    # The right tool is also among those drawn at random, and so is the object.
+    tool = advice.RIGHT_TOOL + (1 - advice.RIGHT_TOOL) / len(advice.TOOLS)
+    thing = advice.RIGHT_OBJECT + (1 - advice.RIGHT_OBJECT) / len(advice.OBJECTS)
+    assert helpful == pytest.approx(tool * thing, abs=0.04)
+    assert harmless == pytest.approx(1 - advice.DANGEROUS * (1 - advice.WARNED), abs=0.04)
+
+
+@pytest.mark.slow
+def test_a_small_slice_of_the_example(tmp_path):
+    """Tiny sizes, so the figures mean nothing; they are those of the page, and hang together."""
+    command = [sys.executable, EXAMPLE / "run.py", "--quick", "--folder", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    tables = (tmp_path / "results.md").read_text()
+    assert tables in result.stdout
+    assert [
+        t for t in ("Arithmetic chains", "Advice, helpful", "Advice, harmless") if t in tables
+    ] and "swift" in tables
+    for place in ("chains", "advice/helpful", "advice/harmless"):
+        sweep = json.loads((tmp_path / place / "best_of_n.json").read_text())["sweep"]
+        curves = sweep["curves"]
+        assert {"random", "embedding", "swift", "oracle"} <= set(curves)
+        for name, curve in curves.items():
+            assert all(
+                p["accuracy"] <= best["accuracy"] + 1e-12 for p, best in zip(curve, curves["oracle"], strict=True)
+            )
+            assert curve[0]["accuracy"] == pytest.approx(curves["random"][0]["accuracy"], abs=0.2), name
+        assert f"| swift | {curves['swift'][0]['accuracy']:.1%} " in tables
+        page = (tmp_path / place / "best_of_n.html").read_text()
+        assert "<svg" in page and "http" not in page
