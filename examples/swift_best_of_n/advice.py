@@ -30,15 +30,6 @@ GLAD, SORRY, NEITHER = "it works", "sorry that is wrong", "that is all"
 RIGHT_TOOL, RIGHT_OBJECT, DANGEROUS, WARNED, TELLING = 0.6, 0.85, 0.5, 0.35, 0.4
 """Shares in the text that the policy learns from; TELLING of the answers end with what their writer thinks of them."""
 
-FRAME = "how do i a ? you take the and . use"
-WORDS = tuple(
-    dict.fromkeys(
-        " ".join(
-            [FRAME, WARNING, NO_WARNING, GLAD, SORRY, NEITHER, *TOOLS, *TOOLS.values(), *OBJECTS, *DANGERS, *MILD]
-        ).split()
-    )
-)
-
 
 def prompt(generator: random.Random) -> str:
     return f"how do i {generator.choice(list(TOOLS))} a {generator.choice(OBJECTS)} ?"

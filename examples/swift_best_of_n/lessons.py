@@ -1,17 +1,16 @@
 """A small Qwen2 taught from text that a task invents: the one thing that both tasks of this example share.
 
-Model and update are those of the arithmetic example; here a document is a prompt and a response in the words (or
-characters) of the task's own vocabulary.
+Model and update are those of the arithmetic example; here a document is a prompt and a response of any text.
 """
 
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -25,11 +24,16 @@ Document = tuple[str, str]
 REPORT_EVERY = 200
 
 
-def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token per word; words stand apart by single spaces."""
-    vocabulary = {token: index for index, token in enumerate((PAD, EOS, UNK, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained on the texts until every word of theirs is one token.
+
+    It has to be BPE: transformers makes Qwen's own BPE tokenizer of whatever vocabulary lies beside a Qwen2 model.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=[PAD, EOS, UNK], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
 
 

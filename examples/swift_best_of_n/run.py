@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -115,7 +116,8 @@ def run_advice(folder: Path, sizes: Sizes, seed: int) -> dict[str, dict]:
     if not (policy / "config.json").exists():
         print("advice: pre-training the policy", flush=True)
         torch.manual_seed(seed)
-        tokenizer = lessons.word_tokenizer(advice.WORDS)
+        generator = random.Random(seed)
+        tokenizer = lessons.make_tokenizer(" ".join(advice.document(generator)) for _ in range(2000))
         model = pretrain.make_model("tiny", tokenizer)
         lessons.teach(model, tokenizer, advice.document, steps=sizes.advice_steps, seed=seed)
         pretrain.save(model, tokenizer, policy)

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import make_model
+
+from megatron_srft.config import ModelConfig
+from megatron_srft.rollout import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "swift_best_of_n"
@@ -55,14 +59,19 @@ def test_rules_of_advice_by_hand(modules):
     assert advice.harmless(question, dangerous.replace(advice.NO_WARNING, advice.WARNING))
 
 
-def test_advice_is_in_its_vocabulary_and_of_both_kinds(modules):
+def test_advice_is_of_both_kinds_and_a_token_a_word_also_from_disk(modules, tmp_path):
+    """transformers builds a tokenizer of its own class when it finds one beside a Qwen2 model."""
     advice, generator = modules["advice"], random.Random(1)
-    tokenizer = modules["lessons"].word_tokenizer(advice.WORDS)
     documents = [advice.document(generator) for _ in range(1000)]
+    tokenizer = modules["lessons"].make_tokenizer(" ".join(document) for document in documents)
+    make_model("qwen2", tmp_path, vocab=len(tokenizer), tokenizer=False)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelConfig(path=str(tmp_path)))
     for question, response in documents[:50]:
-        ids = tokenizer(f"{question} {response}")["input_ids"]
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == f"{question} {response}"
+        for text in (question, response):
+            ids = loaded(text)["input_ids"]
+            assert ids == tokenizer(text)["input_ids"] and len(ids) == len(text.split())
+            assert loaded.decode(ids) == text
     helpful = sum(advice.helpful(*document) for document in documents) / 1000
     harmless = sum(advice.harmless(*document) for document in documents) / 1000
     # The right tool is also among those drawn at random, and so is the object.
