@@ -3,11 +3,11 @@
     prompt     7+5-3+4=
     right      7+5=2;2-3=9;9+4=3#3
     slip       7+5=8;8-3=5;5+4=9#9            one wrong step, and what follows goes on from it
-    noticed    7+5=8;7+5=2;2-3=9;9+4=3#3      the step is written again
+    noticed    7+5=8~2;2-3=9;9+4=3#3          the value is put right
 
-The text that the policy learns from slips in so many steps, and now and then notices. So a wrong step is likely to be
-followed by the same step again: whoever predicts such text has to know at a step's end whether it is right, also when
-nothing is noticed. Whether a hidden state knows more than the text shows is what this task asks.
+The text that the policy learns from slips in so many steps, and now and then notices. So whoever predicts such text has
+to know of every value whether it is right, also when nothing is noticed. That the hidden states know more than the text
+shows is what makes a reward out of them possible; how much more is what this task asks.
 """
 
 import json
@@ -22,7 +22,7 @@ from make_data import MODULUS, distinct_problems, random_problem, solve, steps, 
 
 OPERANDS = 4
 SLIP, NOTICED = 0.3, 0.3
-"""Share of wrong steps, and of those that are written again."""
+"""Share of wrong steps, and of those that are put right."""
 
 
 def value(step: str) -> int:
@@ -34,15 +34,15 @@ def slipping_solution(generator: random.Random, prompt: str) -> str:
     written, carried = [], None
     for step, _ in steps(prompt):
         step = step if carried is None else carried + step[1:]
-        right = value(step)
-        carried = str(right)
-        if generator.random() < SLIP:
-            wrong = str((right + generator.randrange(1, MODULUS)) % MODULUS)
-            written.append(f"{step}={wrong}")
-            if generator.random() >= NOTICED:
-                carried = wrong
-                continue
-        written.append(f"{step}={carried}")
+        right = str(value(step))
+        wrong = str((int(right) + generator.randrange(1, MODULUS)) % MODULUS)
+        if generator.random() >= SLIP:
+            shown, carried = right, right
+        elif generator.random() < NOTICED:
+            shown, carried = f"{wrong}~{right}", right
+        else:
+            shown, carried = wrong, wrong
+        written.append(f"{step}={shown}")
     return ";".join(written) + "#" + carried
 
 

@@ -24,15 +24,15 @@ Document = tuple[str, str]
 REPORT_EVERY = 200
 
 
-def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the texts until every word of theirs is one token.
+def make_tokenizer(texts: Iterable[str], vocabulary: int = 1000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained on the texts until every word of theirs is one token; every character with 0.
 
     It has to be BPE: transformers makes Qwen's own BPE tokenizer of whatever vocabulary lies beside a Qwen2 model.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=[PAD, EOS, UNK], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[PAD, EOS, UNK], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
 

@@ -46,9 +46,9 @@ SHOWN = ("random", "shortest", "majority", EMBEDDING, "probe", "swift", "swift v
 class Sizes:
     """How much of everything."""
 
-    single_steps: int = 260
+    single_steps: int = 220
     """Updates of the lesson in single steps of arithmetic."""
-    chain_steps: int = 600
+    chain_steps: int = 700
     advice_steps: int = 500
     train: int = 300
     """Questions whose answers the heads learn from."""
@@ -97,7 +97,8 @@ def run_chains(folder: Path, sizes: Sizes, seed: int) -> dict[str, dict]:
     if not (policy / "config.json").exists():
         print("chains: pre-training the policy", flush=True)
         torch.manual_seed(seed)
-        tokenizer = pretrain.make_tokenizer()
+        generator = random.Random(seed)
+        tokenizer = lessons.make_tokenizer(("".join(chains.document(generator)) for _ in range(500)), vocabulary=0)
         model = pretrain.make_model("tiny", tokenizer)
         lessons.teach(model, tokenizer, chains.single_step, steps=sizes.single_steps, batch=96, seed=seed)
         lessons.teach(model, tokenizer, chains.document, steps=sizes.chain_steps, seed=seed + 1)
@@ -202,7 +203,8 @@ def call(*command: object) -> None:
     words = [str(word) for word in command]
     print("\n$ " + " ".join(["megatron-srft", *words[3:]] if tuple(words[:3]) == CLI else words), flush=True)
     # The models are too small for a second thread to help.
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_DISABLE_PROGRESS_BARS="1")
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths, HF_HUB_DISABLE_PROGRESS_BARS="1")
     status = subprocess.run(words, env=environment).returncode
     if status:
         sys.exit(f"run.py: the command above failed with status {status}")
