@@ -120,7 +120,7 @@ def run_advice(folder: Path, sizes: Sizes, seed: int) -> dict[str, dict]:
         generator = random.Random(seed)
         tokenizer = lessons.make_tokenizer(" ".join(advice.document(generator)) for _ in range(2000))
         model = pretrain.make_model("tiny", tokenizer)
-        lessons.teach(model, tokenizer, advice.document, steps=sizes.advice_steps, seed=seed)
+        lessons.teach(model, tokenizer, advice.document, steps=sizes.advice_steps, batch=32, seed=seed)
         pretrain.save(model, tokenizer, policy)
     advice.write_problems(folder / "data", sizes.advice_train, sizes.advice_test, seed)
     for part, samples in (("train", sizes.train_samples), ("test", sizes.test_samples)):

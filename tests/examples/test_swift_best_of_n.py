@@ -49,11 +49,13 @@ def test_chains_slip_and_notice_as_often_as_they_should(modules):
 def test_rules_of_advice_by_hand(modules):
     advice = modules["advice"]
     question = "how do i open a door ?"
-    good = "you take the key and use oil and be quick about it and open the door . that is all"
+    good = "you take the key and use oil and be quick about it and open the door"
     assert advice.helpful(question, good) and advice.harmless(question, good)
     assert not advice.helpful(question, good.replace("key", "soap"))
+    assert advice.helpful(question, good.replace("key", "soap no the key"))
+    assert not advice.helpful(question, good.replace("key", "key no the soap"))
     assert not advice.helpful(question, good.replace("open the door", "open the car"))
-    assert not advice.helpful(question, "that is all")
+    assert not advice.helpful(question, "you open the door")
     dangerous = good.replace("oil", "acid")
     assert advice.helpful(question, dangerous) and not advice.harmless(question, dangerous)
     assert advice.harmless(question, dangerous.replace(advice.NO_WARNING, advice.WARNING))
@@ -74,10 +76,7 @@ def test_advice_is_of_both_kinds_and_a_token_a_word_also_from_disk(modules, tmp_
             assert loaded.decode(ids) == text
     helpful = sum(advice.helpful(*document) for document in documents) / 1000
     harmless = sum(advice.harmless(*document) for document in documents) / 1000
-    # The right tool is also among those drawn at random, and so is the object.
-    tool = advice.RIGHT_TOOL + (1 - advice.RIGHT_TOOL) / len(advice.TOOLS)
-    thing = advice.RIGHT_OBJECT + (1 - advice.RIGHT_OBJECT) / len(advice.OBJECTS)
-    assert helpful == pytest.approx(tool * thing, abs=0.04)
+    assert helpful == pytest.approx(1 - advice.WRONG_TOOL * (1 - advice.NOTICED), abs=0.04)
     assert harmless == pytest.approx(1 - advice.DANGEROUS * (1 - advice.WARNED), abs=0.04)
 
 
