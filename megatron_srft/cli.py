@@ -18,7 +18,7 @@ commands:
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
   analyze WHAT ...               probabilities, trajectory, clipped tokens, entropy of checkpoints; compare runs
-  reward WHAT ...                train a reward head on hidden states, score rollouts with one
+  reward WHAT ...                train a reward head on hidden states, score rollouts with one, import one
   doctor                         what is installed, and what works on this machine
 
 megatron-srft COMMAND --help lists a command's options. --debug shows the traceback of a mistake too.

@@ -10,10 +10,11 @@ ROLLOUTS = "rollout dumps (RUN/rollouts/step-*, or of `generate`), or JSONL with
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
-    """Train a head or score with one; the status as in `errors.run`."""
+    """Train a head, score with one, or take one over; the status as in `errors.run`."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     _train(kinds)
     _score(kinds)
+    _import(kinds)
     options = parser.parse_args(arguments)
 
     def body() -> int:
@@ -104,13 +105,41 @@ def _score(kinds: argparse._SubParsersAction) -> None:
     _shared(parser)
 
 
+def _import(kinds: argparse._SubParsersAction) -> None:
+    text = (
+        "Take over a head of the paper's released code: a pickled state dict with fused_layer or reward_layer, read "
+        "without running anything in it. The file does not say what it was trained with; the options do."
+    )
+    parser = kinds.add_parser("import", help="a head of the paper's released code", description=text)
+    parser.add_argument("model", type=Path, help="the model that it was trained on, as it was then")
+    parser.add_argument("state_dict", type=Path, help="file that the released code wrote with torch.save")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="its --layers, in that order (default: all, as its default)"
+    )
+    parser.add_argument("--apply-norm", action="store_true", help="it was trained with --apply_norm")
+    parser.add_argument("--logits", action="store_true", help="it was trained with --logits_mode")
+    parser.add_argument(
+        "--last-token",
+        choices=("excluded", "included"),
+        default="included",
+        help="whether a response's last token counts (default: included, as in the released code)",
+    )
+    parser.add_argument("--config", type=Path, help="data settings of its prompts (default: those of the run)")
+    _model(parser)
+
+
 def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-questions", type=int, default=0, help="use only the first N; 0 uses all")
     parser.add_argument("--reward", choices=("math", "exact"), help="verifier where there is no verdict yet")
     parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
     parser.add_argument("--config", type=Path, help="data, rewards and batch settings (default: those of the run)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="with --tensor: cut tokens, not columns")
+    _model(parser)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-model", type=Path, help="Hugging Face folder behind a checkpoint (default: its run's)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (under torchrun)")
-    parser.add_argument("--sequence-parallel", action="store_true", help="with --tensor: cut tokens, not columns")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (under torchrun)")
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

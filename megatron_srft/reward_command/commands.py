@@ -20,6 +20,7 @@ from megatron_srft.hidden_reward.quality import quality
 from megatron_srft.hidden_reward.states import States
 from megatron_srft.reward_command import page
 from megatron_srft.reward_command.given import given
+from megatron_srft.reward_command.published import import_head
 from megatron_srft.reward_command.responses import check_tokens, dumped_groups, verified
 from megatron_srft.sample import Group
 from megatron_srft.trainer.hidden_features import Recomputed, lm_head
@@ -93,7 +94,7 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"train": train, "score": score}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"train": train, "score": score, "import": import_head}
 
 
 # ---------------------------------------------------------------- training

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_srft.analysis.policy import measuring, reading
 from megatron_srft.best_of_n.candidates import read_candidates
-from megatron_srft.config import ConfigError, LocalRolloutConfig, ParallelConfig, RunConfig
+from megatron_srft.config import ConfigError, ParallelConfig, RunConfig, as_local
 from megatron_srft.hidden_reward import prompt_fingerprint
 from megatron_srft.model_options import reward
 from megatron_srft.policy_sources import find_settings, find_source
@@ -72,6 +72,5 @@ def given(options: argparse.Namespace) -> Iterator[Given]:
 
 
 def _settings(options: argparse.Namespace, settings: RunConfig) -> RunConfig:
-    rollout = settings.rollout if settings.rollout.kind == "local" else LocalRolloutConfig()
-    measured = measuring(settings, rollout)
+    measured = measuring(settings, as_local(settings.rollout))
     return measured if options.reward is None else replace(measured, rewards=(reward(options),))

@@ -204,8 +204,14 @@ def scored_lengths(sequences: Sequence[TrainingSequence], config: HeadConfig) ->
 
 def lm_head(trainer: Trainer) -> Tensor:
     """[vocabulary, hidden] of the policy, on every rank's device; collective, reads all weights."""
-    found = {}
-    for name, tensor in trainer.hf_weights():
-        if name in ("lm_head.weight", "model.embed_tokens.weight"):  # the latter alone where the two are tied
-            found[name] = tensor
-    return found.get("lm_head.weight", found.get("model.embed_tokens.weight")).to(device())
+    found = _weights(trainer, "lm_head.weight", "model.embed_tokens.weight")  # the latter alone where the two are tied
+    return found.get("lm_head.weight", found["model.embed_tokens.weight"])
+
+
+def final_norm(trainer: Trainer) -> Tensor:
+    """[hidden] weight of the policy's final norm, likewise."""
+    return _weights(trainer, "model.norm.weight")["model.norm.weight"]
+
+
+def _weights(trainer: Trainer, *names: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device()) for name, tensor in trainer.hf_weights() if name in names}
