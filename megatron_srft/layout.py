@@ -183,7 +183,7 @@ class Memory:
     head: int
     """Log-probs of the response rows: kept logits and working chunks; last stage only."""
     engine: int
-    """The rollout engine's own whole copy of the model."""
+    """The rollout engine's own whole copy of the model; of vLLM its share, with its keys and values."""
     cache: int
     """Its keys and values at their fullest; gone before training starts."""
     critic: int
@@ -265,18 +265,21 @@ def generates(config: RunConfig) -> bool:
 
 
 def engine_bytes(config: RunConfig, model: Architecture) -> int:
-    """The engine's weights on one rank; vLLM cuts them over its own tensor-parallel ranks."""
-    ranks = config.rollout.engine_ranks if config.rollout.kind == "vllm" else 1
-    return hf_folder_bytes(config, model) // ranks
+    """What the engine holds on one rank all the time.
+
+    vLLM cuts the weights over its own tensor-parallel ranks, and keeps its keys and values too; how many these are is
+    known beforehand where `kv_cache_memory_bytes` says it.
+    """
+    weights = hf_folder_bytes(config, model)
+    if config.rollout.kind != "vllm":
+        return weights
+    return weights // config.rollout.engine_ranks + config.rollout.vllm.get("kv_cache_memory_bytes", 0)
 
 
 def cache_bytes(config: RunConfig, model: Architecture, world_size: int) -> int:
-    """Keys and values of the sequences that one rank decodes together, each at its greatest length.
-
-    vLLM sets a fixed amount aside; only `kv_cache_memory_bytes` says how much before it has started.
-    """
+    """Keys and values of the sequences that one rank decodes together, each at its greatest length."""
     if config.rollout.kind == "vllm":
-        return config.rollout.vllm.get("kv_cache_memory_bytes", 0)
+        return 0
     share = -(-config.batch.prompts_per_step * config.batch.rollouts_per_prompt // world_size)
     sequences = min(config.rollout.max_concurrent_sequences, share)
     tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens

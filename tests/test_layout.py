@@ -89,6 +89,14 @@ def test_memory_of_bfloat16_with_the_optimizer_sharded_over_4_data_ranks():
     assert got.peak == standing + max(got.cache, got.activations + got.head)
 
 
+def test_vllm_holds_its_share_of_the_model_and_its_cache_all_the_time():
+    native = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 3 << 30}
+    got = layout.memory(run(rollout={"kind": "vllm", "vllm": native}), QWEN_7B, 0, 8, 152064)
+    assert got.engine == 4 * 7_615_616_512 // 2 + (3 << 30)
+    standing = got.parameters + got.gradients + got.optimizer + got.engine
+    assert got.peak == standing + got.activations + got.head
+
+
 def test_memory_of_float32_without_sharding():
     config = run(parallel={"distributed_optimizer": False}, objective={"kind": "sft"})
     got = layout.memory(config, QWEN_7B, 0, 2, 152064)
