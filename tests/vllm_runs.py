@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_srft import config as configuration
 from megatron_srft.advantages import to_sequences
-from megatron_srft.config import RunConfig, SamplingConfig
+from megatron_srft.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig, VllmRolloutConfig
 from megatron_srft.deadline import Deadline
 from megatron_srft.rollout import Request, build_engine, collect, load_local_engine, vllm_interface
 from megatron_srft.rollout.replay import ReplayEngine
@@ -255,6 +255,7 @@ def answers(run: Any, config: RunConfig) -> dict[str, Any]:
     requests, engine = requests_for(make_prompts()), run.engine
     reference = AutoModelForCausalLM.from_pretrained(config.model.path)
     local = load_local_engine(config.model, run.tokenizer, torch.device("cpu"), 64)
+    before = torch.get_rng_state()
     sampled = {
         "plain": SamplingConfig(max_response_tokens=TOKENS),
         "cut": SamplingConfig(max_response_tokens=TOKENS, top_p=0.8, top_k=30),
@@ -265,12 +266,14 @@ def answers(run: Any, config: RunConfig) -> dict[str, Any]:
         name: largest_difference(logprobs(found[name]), reference_logprobs(reference, requests, found[name], 1.0))
         for name in sampled
     }
+    drawn = not torch.equal(before, torch.get_rng_state())
     stop = found["greedy"][9].text[5:7]
     stopping = replace(sampled["greedy"], stop=("no such", stop))
     one_by_one = [engine.generate([request], sampled["plain"])[0] for request in requests]
     return {
         **{name: plain(completions) for name, completions in found.items()},
         "differences": differences,
+        "drawn": drawn,
         "reversed": plain(engine.generate(requests[::-1], sampled["plain"])[::-1]),
         "one by one": plain(one_by_one),
         "local greedy": plain(local.generate(requests, sampled["greedy"])),
@@ -310,5 +313,43 @@ def pair(path: Path) -> dict[str, Any]:
         run.engine.update_weights(((name, first.tensor(name)) for name in first.shapes()), 0)
         each = collect(run.engine, prompts, [None] * 6, 3, sampling, 7, 3, groups.world)
         found["two engines"] = [plain(list(g.completions)) for g in each]
+    parallel.stop()
+    return found
+
+
+# ---------------------------------------------------------------- families
+
+
+def families(folder: Path, kinds: list[tuple[str, bool, str, dict]]) -> list[dict[str, Any]]:
+    """For each (family, tied, dtype, config of the model): its weights in vLLM, one engine after the other."""
+    prepare_process()
+    from megatron_srft.trainer import parallel
+
+    groups = parallel.start(ParallelConfig(), 0)
+    sampling, requests, found = SamplingConfig(max_response_tokens=TOKENS), requests_for(make_prompts(), 1), []
+    for family, tied, dtype, options in kinds:
+        path = make_model(family, folder / family, tied=tied, num_hidden_layers=2, **SIZES | options)
+        config = RunConfig(
+            model=ModelConfig(path=str(path), dtype=dtype),
+            data=DataConfig(max_prompt_tokens=16),
+            rollout=VllmRolloutConfig(max_response_tokens=TOKENS, vllm=ENGINE),
+        )
+        engine = build_engine(config, make_tokenizer(), torch.device("cpu"), groups.world)
+        reference = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        weights = dict(reference.named_parameters())
+        engine.update_weights(weights.items(), 0)  # with checksums
+        name, tensor = next(pair for pair in weights.items() if pair[0].endswith("1.self_attn.v_proj.weight"))
+        changed = weights | {name: tensor.detach().clone()}
+        changed[name][5, 7] *= 1.01
+        completions = engine.generate(requests, sampling)
+        expected = reference_logprobs(reference, requests, completions, 1.0)
+        found.append(
+            {
+                "same": engine.unlike(weights.items()),
+                "changed": engine.unlike(changed.items()),
+                "difference": largest_difference(logprobs(completions), expected),
+            }
+        )
+        engine.close()
     parallel.stop()
     return found

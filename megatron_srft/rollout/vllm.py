@@ -116,7 +116,7 @@ class VllmEngine:
         remedy = "A slow machine needs a higher rollout.sync_timeout."
         work = f"weight sync of policy version {policy_version}"
         with Deadline(self.settings.sync_timeout, work, distributed.rank(self.world), remedy) as deadline:
-            parts, sent = interface.held(self.llm) if check else [], {}
+            parts, sent = self._parts() if check else [], {}
             interface.load(self.llm, self._watch(tensors, deadline, _by_name(parts), sent))
             if check:
                 self._compare(parts, sent, deadline)
@@ -125,6 +125,17 @@ class VllmEngine:
     def _checksums_due(self) -> bool:
         every = self.settings.checksum_every
         return self.syncs == 0 or (every > 0 and self.syncs % every == 0)
+
+    def _parts(self) -> list[interface.Held]:
+        """What this rank's worker holds of every tensor."""
+        parts = interface.held(self.llm)
+        unknown = sorted(set(self.shapes) - {part.name for part in parts})
+        if unknown:
+            raise SyncError(
+                f"cannot check weights in vLLM: none of its layers is known to hold {', '.join(unknown[:5])}; a model "
+                "of this family may need another version of vLLM"
+            )
+        return parts
 
     def _watch(
         self,
@@ -155,7 +166,7 @@ class VllmEngine:
 
     def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         """See `RolloutEngine`."""
-        parts = _by_name(interface.held(self.llm))
+        parts = _by_name(self._parts())
         pairs = [(part, digest(tensor[part.part])) for name, tensor in tensors for part in parts.get(name, ())]
         return [f"{part.name} (in {part.place})" for part, given in pairs if int(given) != int(digest(part.read()))]
 

@@ -22,10 +22,12 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from packaging.specifiers import SpecifierSet
 
@@ -160,7 +162,7 @@ def start_engine(arguments: dict[str, Any], key: str) -> Any:
     import pydantic
     from vllm import LLM
 
-    with _launcher_variables():
+    with _launcher_variables(), _random_state_kept():
         try:
             llm = LLM(
                 **arguments,
@@ -185,6 +187,19 @@ def _launcher_variables() -> Iterator[None]:
     finally:
         for name in missing:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds Python's, numpy's and torch's generators when it starts, and its samplers draw from torch's."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def stop_engine(llm: Any) -> None:
@@ -275,7 +290,9 @@ def generate(
         for seed in seeds
     ]
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [_answer(output) for output in llm.generate(requests, parameters, use_tqdm=False)]
+    with _random_state_kept():
+        outputs = llm.generate(requests, parameters, use_tqdm=False)
+    return [_answer(output) for output in outputs]
 
 
 def _answer(output: Any) -> Answer:

@@ -6,7 +6,7 @@ Each fixture is one group of processes with as few engine starts as it takes (te
 import pytest
 import spawning
 from spawning import spawn
-from vllm_runs import CORRUPTED, alone, pair, write_run
+from vllm_runs import CORRUPTED, alone, families, pair, write_run
 
 from megatron_srft.metrics import read_metrics
 
@@ -43,6 +43,18 @@ def two(folder):
     return spawn(2, pair, path)
 
 
+KINDS = [
+    ("qwen3", False, "bfloat16", {}),
+    ("llama3", True, "float32", {}),
+    ("mistral", False, "float32", {"sliding_window": 8}),
+]
+
+
+@pytest.fixture(scope="module")
+def kinds(folder):
+    return dict(zip([kind[0] for kind in KINDS], spawn(1, families, folder / "kinds", KINDS)[0], strict=True))
+
+
 # ---------------------------------------------------------------- completions
 
 
@@ -55,6 +67,15 @@ def test_logprobs_are_those_of_the_whole_sequence(one, sampling):
     """Also with top-p and top-k, before which they are taken."""
     assert 0 < one["differences"][sampling] < 1e-5
     assert {finish for _, _, finish, _ in one["plain"]} == {"stop", "length"}
+
+
+@pytest.mark.parametrize(("family", "rounding"), [("qwen3", 0.1), ("llama3", 1e-5), ("mistral", 1e-5)])
+def test_families_have_their_weights_and_log_probs_in_vllm(kinds, family, rounding):
+    """Qwen3 in bfloat16 with an output layer of its own, scaled rope with a tied one, a window shorter than the text."""
+    found = kinds[family]
+    assert found["same"] == []
+    assert found["changed"] == ["model.layers.1.self_attn.v_proj.weight (in model.layers.1.self_attn.qkv_proj)"]
+    assert 0 < found["difference"] < rounding
 
 
 def test_greedy_is_the_local_engine_token_for_token(one):
@@ -78,6 +99,10 @@ def test_the_number_of_engines_and_their_tensor_parallel_size_change_nothing(one
     assert first == second
     for cut in ("one engine", "two engines"):
         assert [c for group in first[cut] for c in without_version(group)] == without_version(alone_), cut
+
+
+def test_the_trainers_random_numbers_are_left_alone(one):
+    assert one["drawn"] is False
 
 
 def test_requests_beyond_the_engine_are_refused_with_what_to_do(one):
