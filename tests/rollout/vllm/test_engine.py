@@ -71,7 +71,7 @@ def test_logprobs_are_those_of_the_whole_sequence(one, sampling):
 
 @pytest.mark.parametrize(("family", "rounding"), [("qwen3", 0.1), ("llama3", 1e-5), ("mistral", 1e-5)])
 def test_families_have_their_weights_and_log_probs_in_vllm(kinds, family, rounding):
-    """Qwen3 in bfloat16 with an output layer of its own, scaled rope with a tied one, a window shorter than the text."""
+    """Qwen3 in bfloat16 with its own output layer, scaled rope with a tied one, a window shorter than the text."""
     found = kinds[family]
     assert found["same"] == []
     assert found["changed"] == ["model.layers.1.self_attn.v_proj.weight (in model.layers.1.self_attn.qkv_proj)"]
