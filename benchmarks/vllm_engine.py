@@ -129,7 +129,7 @@ def main() -> None:
             for side in ("local", "vllm", "stream", "copy"):
                 command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
                 found = json.loads(
-                    subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
+                    subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split("\n")[-2]
                 )
                 print(
                     f"{model:6} {side:8} {found['wall']:7.2f} {found['cpu']:7.2f} {found['extra']:8.0f} "
