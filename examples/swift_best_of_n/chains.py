@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "arithmetic"))
 
-from make_data import MODULUS, distinct_problems, random_problem, solve, steps, worked_solution  # noqa: E402
+from make_data import MODULUS, distinct_problems, random_problem, solve, steps  # noqa: E402
 
 OPERANDS = 4
 SLIP, NOTICED = 0.3, 0.3
@@ -30,15 +30,15 @@ def value(step: str) -> int:
     return (int(step[0]) + int(step[2])) % MODULUS if step[1] == "+" else (int(step[0]) - int(step[2])) % MODULUS
 
 
-def slipping_solution(generator: random.Random, prompt: str) -> str:
+def slipping_solution(generator: random.Random, prompt: str, slip: float = SLIP, noticed: float = NOTICED) -> str:
     written, carried = [], None
     for step, _ in steps(prompt):
         step = step if carried is None else carried + step[1:]
         right = str(value(step))
         wrong = str((int(right) + generator.randrange(1, MODULUS)) % MODULUS)
-        if generator.random() >= SLIP:
+        if generator.random() >= slip:
             shown, carried = right, right
-        elif generator.random() < NOTICED:
+        elif generator.random() < noticed:
             shown, carried = f"{wrong}~{right}", right
         else:
             shown, carried = wrong, wrong
@@ -52,9 +52,10 @@ def document(generator: random.Random) -> tuple[str, str]:
 
 
 def single_step(generator: random.Random) -> tuple[str, str]:
-    """The lesson before chains: one step, without slips."""
+    """The lesson before chains: one step, wrong half of the time and then always noticed. From chains alone a model
+    this small takes many times longer to see which values are wrong."""
     prompt = random_problem(generator, 2)
-    return prompt, worked_solution(prompt)
+    return prompt, slipping_solution(generator, prompt, slip=0.5, noticed=1.0)
 
 
 def write_problems(folder: Path, train: int, test: int, seed: int = 0) -> None:

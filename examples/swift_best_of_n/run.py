@@ -38,7 +38,7 @@ from megatron_srft.rollout import dump, load_dump  # noqa: E402
 CLI = (sys.executable, "-m", "megatron_srft.cli")
 EMBEDDING = "embedding"
 """Name of the scores of a head on layer 0 alone, which sees which words a response has and nothing else."""
-SHOWN = ("random", "shortest", "majority", EMBEDDING, "probe", "swift", "swift vote", "oracle")
+SHOWN = ("random", "shortest", "longest", "majority", EMBEDDING, "probe", "swift", "swift vote", "oracle")
 """Rules of the table, in its order, where a task has them."""
 
 
@@ -46,9 +46,9 @@ SHOWN = ("random", "shortest", "majority", EMBEDDING, "probe", "swift", "swift v
 class Sizes:
     """How much of everything."""
 
-    single_steps: int = 220
+    single_steps: int = 420
     """Updates of the lesson in single steps of arithmetic."""
-    chain_steps: int = 700
+    chain_steps: int = 450
     advice_steps: int = 500
     train: int = 300
     """Questions whose answers the heads learn from."""
