@@ -201,19 +201,21 @@ def _tell(
 
 
 def _counts(candidates: Candidates, questions: Sequence[Question], kept: Sequence[int]) -> dict[str, int]:
-    """Sizes, then whatever is missing; a zero is left out where it is good news."""
+    """Sizes, then what is missing, where something is; final answers count only where some candidate has one."""
     some = [questions[number] for number in kept]
+    total = sum(len(one.correct) for one in some)
+    abstaining = sum(int((one.answers < 0).sum()) for one in some)
     missing = {
         "questions with too few candidates left out": len(questions) - len(kept),
         "rows with an overlong prompt dropped": candidates.dropped,
         "rows joined to a question of the same id": candidates.merged,
         "candidates without a verdict (counted as wrong)": candidates.ungraded,
-        "candidates without a final answer": sum(int((one.answers < 0).sum()) for one in some),
+        "candidates without a final answer": abstaining if abstaining < total else 0,
         "candidates without a token to score": sum(int(np.isnan(one.scores[SWIFT]).sum()) for one in some),
     } | {f"candidates without {name}": candidates.unscored(name) for name in candidates.external}
     sizes = {
         "questions": len(kept),
-        "candidates": sum(len(one.correct) for one in some),
+        "candidates": total,
         "questions with right and wrong candidates": sum(len(set(one.correct.tolist())) == 2 for one in some),
     }
     return sizes | {name: number for name, number in missing.items() if number}
