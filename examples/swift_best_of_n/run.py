@@ -57,7 +57,7 @@ class Sizes:
     advice_test: int = 60
     train_samples: int = 8
     test_samples: int = 16
-    epochs: int = 40
+    epochs: int = 12
 
 
 QUICK = Sizes(single_steps=20, chain_steps=30, advice_steps=60, train=24, test=12, advice_train=24, advice_test=12,
