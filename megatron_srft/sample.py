@@ -103,6 +103,10 @@ class Completion:
     policy_version: int
     """Optimizer updates behind the weights that sampled it."""
 
+    hidden_score: float | None = None
+    """What a reward head read off the hidden states while the engine decoded, a logit; None without a head in the
+    engine, and for a response that has no token to score."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:

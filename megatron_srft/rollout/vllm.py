@@ -17,6 +17,7 @@ What is checked, each before the first update of the run:
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
 from megatron_srft.deadline import Deadline
+from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits
 from megatron_srft.rollout import vllm_interface as interface
 from megatron_srft.rollout.engine import Request, RolloutError
 from megatron_srft.rollout.local import check_finite, end_token_ids
@@ -91,6 +93,15 @@ class VllmEngine:
         self.max_model_len = interface.max_model_len(self.llm)
         self.policy_version: int | None = None
         self.syncs = 0
+        self.base = BaseModel(
+            name=config.model.path,
+            fingerprint="",
+            num_layers=self.architecture.num_layers,
+            hidden_size=self.architecture.hidden_size,
+            vocab_size=self.architecture.vocab_size,
+            dtype=config.model.dtype,
+        )
+        self.reward_head: RewardHead | None = None
         try:
             self._check_model()
             if config.rollout.stop:
@@ -185,6 +196,44 @@ class VllmEngine:
         if problems:
             raise SyncError("; ".join(problems))
 
+    # ------------------------------------------------------------ reward head
+
+    def score_with(self, head: RewardHead | None) -> None:
+        """Give every completion the head's score from now on, whatever weights arrive; None: no more scores.
+
+        Collective over the engine's ranks. Whether the head was trained on these weights and prompts, `check_fits`
+        says.
+
+        Raises:
+            ValueError: it is for a model of other sizes, or scores a response's last token.
+            ConfigError: the engine was not started so that hidden states can be read.
+        """
+        if head is not None:
+            check_fits(head, self.base, weights=False)
+            require(
+                head.config.last_token == "excluded",
+                f"{head.source} scores the last token of a response too (last_token {head.config.last_token}), which "
+                "an engine never feeds to the model; train a head with last_token excluded, or score the responses "
+                "with `megatron-srft reward score`",
+            )
+        interface.read_states(self.llm, head)
+        self.reward_head = head
+
+    def _scores(self, requests: list[Request], answers: list[interface.Answer]) -> list[float | None]:
+        """Of each answer; None without a head, and for an answer of one token."""
+        if self.reward_head is None:
+            return [None] * len(answers)
+        responses = {answer.request: (len(answer.prompt_token_ids), answer.token_ids[:-1]) for answer in answers}
+        found = interface.take_scores(self.llm, responses)
+        scores = [found[answer.request] for answer in answers]
+        broken = [r for r, score in zip(requests, scores, strict=True) if score is not None and not isfinite(score)]
+        if broken:
+            raise RolloutError(
+                f"the hidden states of {len(broken)} of {len(scores)} responses give no finite reward, the first to "
+                f"prompt {broken[0].prompt.id}; the weights have overflowed, or the head's numbers are too large"
+            )
+        return scores
+
     # ------------------------------------------------------------ sampling
 
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
@@ -198,6 +247,7 @@ class VllmEngine:
             _check_answer(request, prompt, answer)
         logprobs = [np.array(answer.logprobs, np.float32) for answer in answers]
         check_finite(logprobs, self.policy_version)
+        scores = self._scores(requests, answers)
         texts = self.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
         return [
             Completion(
@@ -206,8 +256,9 @@ class VllmEngine:
                 rollout_logprobs=row,
                 finish_reason=answer.finish_reason,
                 policy_version=self.policy_version,
+                hidden_score=score,
             )
-            for answer, row, text in zip(answers, logprobs, texts, strict=True)
+            for answer, row, text, score in zip(answers, logprobs, texts, scores, strict=True)
         ]
 
     def _check_lengths(self, requests: list[Request], max_response_tokens: int) -> None:

@@ -1,4 +1,5 @@
 """Everything this project knows of vLLM's interfaces. No other file imports vllm, and this one only inside functions.
+What is known of the layers of its models, for reward heads, stands in vllm_states.py.
 
 `SUPPORTED` are the versions it was written against; `tests/rollout/vllm/test_interface.py` holds `CONTRACT` against the
 one that is installed.
@@ -33,6 +34,8 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_srft.config import ConfigError, SamplingConfig, require
 from megatron_srft.config.rollouts import VLLM_RESERVED
+from megatron_srft.hidden_reward import RewardHead
+from megatron_srft.rollout.vllm_states import Rows, StateReader
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """vLLM versions whose interfaces these are."""
@@ -95,6 +98,9 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_worker.Worker.reload_weights": (),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights": ("weights_iterator",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.reload_weights": ("weights_iterator",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": ("num_scheduled_tokens",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": (),
+    "vllm.v1.worker.gpu.input_batch.InputBatch": ("req_ids", "num_scheduled_tokens"),
     "vllm.v1.engine.core.EngineCore.shutdown": (),
     "vllm.distributed.parallel_state.destroy_model_parallel": (),
     "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm": ("layer", "remove_weight"),
@@ -255,6 +261,8 @@ class Answer:
     """stop or length; abort, error and others when vLLM gave up."""
     prompt_token_ids: list[int]
     """What vLLM says it answered."""
+    request: str
+    """The id of the request, new in every call."""
 
 
 def generate(
@@ -299,7 +307,7 @@ def _answer(output: Any) -> Answer:
     sampled = output.outputs[0]
     token_ids = list(sampled.token_ids)
     logprobs = [at[token].logprob for at, token in zip(sampled.logprobs, token_ids, strict=True)]
-    return Answer(token_ids, logprobs, sampled.finish_reason, list(output.prompt_token_ids))
+    return Answer(token_ids, logprobs, sampled.finish_reason, list(output.prompt_token_ids), output.request_id)
 
 
 # ---------------------------------------------------------------- weights
@@ -336,6 +344,80 @@ class WorkerExtension:
         tied = self.model_config.hf_config.tie_word_embeddings
         layers = self.model_runner.get_model().named_modules()
         return [part for place, layer in layers for part in _held_by(place, layer, tied)]
+
+    srft_reader: StateReader | None = None
+
+    def srft_read_states(self, head: RewardHead | None) -> None:
+        """Read this head's gate and reward of all tokens from now on; None: of none any more."""
+        if head is not None:
+            _refuse_unread(self.vllm_config)
+        runner, name = self.model_runner, "prepare_inputs" if self.use_v2_model_runner else "_prepare_inputs"
+        if self.srft_reader is not None:
+            self.srft_reader.remove()
+            delattr(runner, name)
+            self.srft_reader = None
+        if head is not None:
+            self.srft_reader = StateReader(head, runner.get_model())
+            announced = _announced_second if self.use_v2_model_runner else _announced_first
+            setattr(runner, name, announced(runner, self.srft_reader))
+
+    def srft_take_scores(self, responses: dict[str, tuple[int, list[int]]]) -> dict[str, float | None]:
+        """See `StateReader.take`."""
+        return self.srft_reader.take(responses)
+
+
+def _announced_first(runner: Any, reader: StateReader) -> Callable:
+    """`_prepare_inputs` of model runner V1, which tells the reader what the next forward pass computes."""
+    prepare = runner._prepare_inputs
+
+    def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        reader.expect(Rows(list(runner.input_batch.req_ids), num_scheduled_tokens.tolist()))
+        return prepare(scheduler_output, num_scheduled_tokens)
+
+    return prepare_inputs
+
+
+def _announced_second(runner: Any, reader: StateReader) -> Callable:
+    """`prepare_inputs` of model runner V2, likewise."""
+    prepare = runner.prepare_inputs
+
+    def prepare_inputs(*arguments: Any, **named: Any) -> Any:
+        batch = prepare(*arguments, **named)
+        reader.expect(Rows(list(batch.req_ids), batch.num_scheduled_tokens.tolist()))
+        return batch
+
+    return prepare_inputs
+
+
+def _refuse_unread(config: Any) -> None:
+    """Raises ConfigError for what a reward head cannot be read under."""
+    require(
+        config.model_config.enforce_eager,
+        "a reward head is read by hooks, which do not fire where vLLM compiles the model or records CUDA graphs: set "
+        "rollout.vllm.enforce_eager to true, or go without the head",
+    )
+    parallel = config.parallel_config
+    unread = {
+        "speculative_config": config.speculative_config is not None,
+        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "enable_dbo": parallel.enable_dbo,
+    }
+    for name, used in unread.items():
+        require(not used, f"a reward head cannot be read with rollout.vllm.{name}; leave it out")
+
+
+def read_states(llm: Any, head: RewardHead | None) -> None:
+    """Read the head's gate and reward of every token from now on, on every rank of the engine; None: no more.
+
+    Raises:
+        ConfigError: the engine was not started so that they can be read.
+    """
+    llm.collective_rpc("srft_read_states", args=(head,))
+
+
+def take_scores(llm: Any, responses: dict[str, tuple[int, list[int]]]) -> dict[str, float | None]:
+    """Scores of the answers of the last `generate`; args and errors as of `StateReader.take`."""
+    return llm.collective_rpc("srft_take_scores", args=(responses,))[0]
 
 
 def load(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -1,0 +1,92 @@
+"""A reward head read inside vLLM, against the trainer's pass and transformers' stacked states in float64.
+
+The processes and engines are those of tests/vllm_score_runs.py.
+"""
+
+import pytest
+import spawning
+from spawning import spawn
+from vllm_score_runs import compiled, scored, write_model
+
+pytestmark = pytest.mark.slow
+
+HEADS = ("all layers", "some layers, rms", "last layer, no gate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    """As in test_engine.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spawning, "TIMEOUT_SECONDS", 1500)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm-scores")
+    return {family: str(write_model(family, folder / family)) for family in ("qwen2", "llama")}
+
+
+@pytest.fixture(scope="module")
+def found(folders):
+    """What every rank found, by model and layout."""
+    two = spawn(2, scored, folders["qwen2"], {"tensor_parallel_size": 2})
+    return {family: spawn(1, scored, folder, {}) for family, folder in folders.items()} | {"tensor parallel": two}
+
+
+RUNS = ("qwen2", "llama", "tensor parallel")
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("run", RUNS)
+def test_scores_are_the_trainers_and_those_of_stacked_states(found, run, head, version):
+    """Also of requests that were preempted, and after an update of the weights."""
+    for rank in found[run]:
+        trainer, stacked = rank["differences"][head, version]
+        assert trainer < 1e-4 and stacked < 1e-4
+        scores = rank["scores"][head, version]
+        assert scores == found[run][0]["scores"][head, version]
+        assert len({round(score, 3) for score in scores if score is not None}) > len(scores) / 2
+        assert scores != rank["scores"][head, 1 - version]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_requests_were_preempted_and_prompts_computed_in_chunks(found, run):
+    for rank in found[run]:
+        assert rank["preempted"] > 0
+        longest, difference = rank["chunks"]
+        assert longest == 16 and difference < 1e-4
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_completions_are_those_without_a_head(found, run):
+    for rank in found[run]:
+        assert rank["unchanged"]
+        assert set(rank["without"]) == {None}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_response_of_one_token_has_no_score(found, run):
+    for rank in found[run]:
+        assert set(rank["one token"]) == {None}
+        scores = rank["scores"]["all layers", 0]
+        assert [score is None for score in scores] == [length == 1 for length in rank["lengths"]]
+
+
+def test_heads_that_do_not_fit_are_refused(found):
+    (rank,) = found["llama"]
+    assert rank["included"].startswith("ConfigError") and "last_token included" in rank["included"]
+    assert rank["other model"].startswith("ValueError") and "num_layers 4" in rank["other model"]
+
+
+def test_a_layer_that_is_silent_and_rows_of_other_requests_are_refused(found):
+    (rank,) = found["llama"]
+    assert rank["silent"].startswith("StatesError") and "passed by [1]" in rank["silent"]
+    assert rank["mixed up"].startswith("StatesError") and "as other tokens" in rank["mixed up"]
+
+
+def test_a_compiled_engine_is_refused(folders):
+    (said,) = spawn(1, compiled, folders["llama"])
+    assert said.startswith("ConfigError")
+    assert "set rollout.vllm.enforce_eager to true" in said
