@@ -106,13 +106,13 @@ def difference(one: list[float | None], other: list[float | None]) -> float:
     )
 
 
-def scored(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
+def scored(folder: str, layout: dict[str, Any], other_engines: bool = False) -> dict[str, Any]:
     """Scores of every head, beside those of the trainer and of transformers, before and after an update."""
     from megatron_srft.trainer import parallel
     from megatron_srft.trainer.trainer import Trainer
 
     prepare_process()
-    config = run_config(folder, **engine)
+    config = run_config(folder, **layout)
     groups = parallel.start(config.parallel, seed=1)
     trainer = Trainer(config, groups)
     engine = build_engine(config, make_tokenizer(), parallel.device(), groups.world)
@@ -122,7 +122,6 @@ def scored(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     engine.update_weights(trainer.hf_weights(), 0)
     without = engine.generate(requests, SAMPLING)
     found["without"] = [c.hidden_score for c in without]
-    found["runner"] = "V2" if engine.llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
     for version in range(2):
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
         reference.load_state_dict({n: t.double() for n, t in trainer.hf_weights()}, strict=False)
@@ -151,6 +150,8 @@ def scored(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     found["mixed up"] = mixed_up(engine, requests)
     found["silent"] = silent(engine, requests)
     engine.close()
+    if other_engines:
+        found["compiled"] = compiled(folder)
     parallel.stop()
     return found
 
@@ -198,15 +199,11 @@ def count_preemptions(llm: Any, found: dict[str, Any]) -> None:
     scheduler._preempt_request = counted
 
 
-def compiled(folder: str) -> dict[str, str]:
-    """What an engine says to a head that was not started with enforce_eager."""
+def compiled(folder: str) -> str:
+    """What an engine that was not started with enforce_eager says to a head; torch.distributed runs."""
     from megatron_srft.trainer import parallel
 
-    prepare_process()
-    config = run_config(folder, enforce_eager=False)
-    groups = parallel.start(config.parallel, seed=1)
-    engine = build_engine(config, make_tokenizer(), parallel.device(), groups.world)
+    engine = build_engine(run_config(folder, enforce_eager=False), make_tokenizer(), parallel.device())
     said = message(engine.score_with, make_head(engine.base))
     engine.close()
-    parallel.stop()
     return said

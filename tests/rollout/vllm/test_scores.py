@@ -6,7 +6,7 @@ The processes and engines are those of tests/vllm_score_runs.py.
 import pytest
 import spawning
 from spawning import spawn
-from vllm_score_runs import compiled, scored, write_model
+from vllm_score_runs import scored, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,8 @@ def folders(tmp_path_factory):
 def found(folders):
     """What every rank found, by model and layout."""
     two = spawn(2, scored, folders["qwen2"], {"tensor_parallel_size": 2})
-    return {family: spawn(1, scored, folder, {}) for family, folder in folders.items()} | {"tensor parallel": two}
+    alone = {family: spawn(1, scored, folder, {}, family == "llama") for family, folder in folders.items()}
+    return alone | {"tensor parallel": two}
 
 
 RUNS = ("qwen2", "llama", "tensor parallel")
@@ -86,7 +87,7 @@ def test_a_layer_that_is_silent_and_rows_of_other_requests_are_refused(found):
     assert rank["mixed up"].startswith("StatesError") and "as other tokens" in rank["mixed up"]
 
 
-def test_a_compiled_engine_is_refused(folders):
-    (said,) = spawn(1, compiled, folders["llama"])
-    assert said.startswith("ConfigError")
-    assert "set rollout.vllm.enforce_eager to true" in said
+def test_a_compiled_engine_is_refused(found):
+    (rank,) = found["llama"]
+    assert rank["compiled"].startswith("ConfigError")
+    assert "set rollout.vllm.enforce_eager to true" in rank["compiled"]
