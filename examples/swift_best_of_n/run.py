@@ -12,9 +12,7 @@ printed, and can be repeated by hand.
 import argparse
 import importlib.util
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,12 +28,13 @@ import advice  # noqa: E402
 import chains  # noqa: E402
 import lessons  # noqa: E402
 import pretrain  # noqa: E402
+import probe  # noqa: E402
 import torch  # noqa: E402
 
+from megatron_srft import cli  # noqa: E402
 from megatron_srft.analysis.compare import markdown  # noqa: E402
 from megatron_srft.rollout import dump, load_dump  # noqa: E402
 
-CLI = (sys.executable, "-m", "megatron_srft.cli")
 EMBEDDING = "embedding"
 """Name of the scores of a head on layer 0 alone, which sees which words a response has and nothing else."""
 SHOWN = ("random", "shortest", "longest", "majority", EMBEDDING, "probe", "swift", "swift vote", "oracle")
@@ -60,7 +59,7 @@ class Sizes:
     epochs: int = 12
 
 
-QUICK = Sizes(single_steps=20, chain_steps=30, advice_steps=60, train=24, test=12, advice_train=24, advice_test=12,
+QUICK = Sizes(single_steps=20, chain_steps=30, advice_steps=220, train=24, test=12, advice_train=24, advice_test=12,
               train_samples=4, test_samples=4, epochs=2)  # fmt: skip
 
 
@@ -77,6 +76,7 @@ def main() -> int:
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"unknown task {unknown[0]}; there are {', '.join(TASKS)}")
     folder = (options.folder or ROOT / "runs" / ("swift_best_of_n" + "-quick" * options.quick)).resolve()
+    torch.set_num_threads(1)  # the models are too small for a second one to help
     start = time.monotonic()
     results = {}
     for task in tasks:
@@ -159,7 +159,7 @@ def generate(folder: Path, part: str, samples: int, seed: int, *more: str) -> No
     if not output.exists():
         problems = folder / "data" / f"{part}.jsonl"
         arguments = ("--samples", samples, "--temperature", "1", "--seed", seed, "--output", output)
-        call(*CLI, "generate", folder / "policy", problems, *arguments, *more)
+        command("generate", folder / "policy", problems, *arguments, *more)
 
 
 def choose(policy: Path, train: Path, test: Path, folder: Path, sizes: Sizes, seed: int) -> dict:
@@ -169,21 +169,22 @@ def choose(policy: Path, train: Path, test: Path, folder: Path, sizes: Sizes, se
     if not scores.exists():
         train_head(policy, train, shallow, sizes, seed, "--layers", "0")
         parts = [folder / f"scores-{EMBEDDING}.jsonl", folder / "scores-probe.jsonl"]
-        call(*CLI, "reward", "score", policy, shallow, test, "--name", EMBEDDING, "--output", parts[0])
+        command("reward", "score", policy, shallow, test, "--name", EMBEDDING, "--output", parts[0])
         if importlib.util.find_spec("sklearn") is not None:
-            call(sys.executable, HERE / "probe.py", policy, train, test, parts[1])
+            print(f"\nprobe.py {train} {test}", flush=True)
+            probe.write_scores(policy, train, test, parts[1])
         else:
             print("no scikit-learn here, so no probe; pip install -r requirements/probe.txt adds it", flush=True)
         join_scores([part for part in parts if part.exists()], scores)
     page = folder / "best_of_n.html"
-    call(*CLI, "best-of-n", policy, head, test, "--scores", scores, "--output", page)
+    command("best-of-n", policy, head, test, "--scores", scores, "--output", page)
     return json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def train_head(policy: Path, train: Path, head: Path, sizes: Sizes, seed: int, *more: str) -> Path:
     if not (head / "reward_head.json").exists():
         how = ("--standardise", "--lr", "0.003", "--epochs", sizes.epochs, "--seed", seed)
-        call(*CLI, "reward", "train", policy, train, "--output", head, *how, *more)
+        command("reward", "train", policy, train, "--output", head, *how, *more)
     return head
 
 
@@ -198,14 +199,12 @@ def join_scores(parts: Sequence[Path], target: Path) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def call(*command: object) -> None:
-    """Run in the foreground; end here when it fails."""
-    words = [str(word) for word in command]
-    print("\n$ " + " ".join(["megatron-srft", *words[3:]] if tuple(words[:3]) == CLI else words), flush=True)
-    # The models are too small for a second thread to help.
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths, HF_HUB_DISABLE_PROGRESS_BARS="1")
-    status = subprocess.run(words, env=environment).returncode
+def command(*words: object) -> None:
+    """One of megatron_srft's commands, in this process: a fresh one would import everything anew. End here when it
+    fails."""
+    arguments = [str(word) for word in words]
+    print("\n$ megatron-srft " + " ".join(arguments), flush=True)
+    status = cli.main(arguments)
     if status:
         sys.exit(f"run.py: the command above failed with status {status}")
 
