@@ -4,7 +4,6 @@ Each fixture is one group of processes with as few engine starts as it takes (te
 """
 
 import pytest
-import spawning
 from spawning import spawn
 from vllm_runs import CORRUPTED, alone, families, pair, write_run
 
@@ -13,14 +12,6 @@ from megatron_srft.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 PARITY = {"every": 1, "max_mean_difference": 1e-3, "max_difference": 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patience():
-    """vLLM takes long to import and to start, and much longer on a machine that does other things."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spawning, "TIMEOUT_SECONDS", 1500)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,12 @@ The processes and engines are those of tests/vllm_score_runs.py.
 """
 
 import pytest
-import spawning
 from spawning import spawn
 from vllm_score_runs import scored, write_model
 
 pytestmark = pytest.mark.slow
 
 HEADS = ("all layers", "some layers, rms", "last layer, no gate")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patience():
-    """As in test_engine.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spawning, "TIMEOUT_SECONDS", 1500)
-        yield
 
 
 @pytest.fixture(scope="module")
