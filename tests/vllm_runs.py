@@ -21,7 +21,7 @@ from megatron_srft import config as configuration
 from megatron_srft.advantages import to_sequences
 from megatron_srft.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig, VllmRolloutConfig
 from megatron_srft.deadline import Deadline
-from megatron_srft.rollout import Request, build_engine, collect, load_local_engine, vllm_interface
+from megatron_srft.rollout import Request, build_engine, collect, load_local_engine, vllm_interface, vllm_worker
 from megatron_srft.rollout.replay import ReplayEngine
 from megatron_srft.sample import Completion, Prompt
 from megatron_srft.train import train
@@ -145,12 +145,12 @@ def lost_sync():
 @contextlib.contextmanager
 def without_packing():
     """vLLM as it is: the packed copy of a tied output layer stays the old one."""
-    pack = vllm_interface._pack_again
-    vllm_interface._pack_again = lambda model: None
+    pack = vllm_worker._pack_again
+    vllm_worker._pack_again = lambda model: None
     try:
         yield
     finally:
-        vllm_interface._pack_again = pack
+        vllm_worker._pack_again = pack
 
 
 @contextlib.contextmanager
