@@ -51,8 +51,8 @@ class ParityGate:
             if not check_parity(report, config.parity, f"before step {step + 1}", investigate) and is_main():
                 log.warning(
                     "before step %d: trainer and engine disagree beyond the limits (log-probs by %.3g on average and "
-                    "%.3g at most); going on, as parity.on_failure is %s",
-                    *(step + 1, report.mean_difference, report.max_difference, config.parity.on_failure),
+                    "%.3g at most); going on, as parity.on_failure is warn, with parity.correction %s",
+                    *(step + 1, report.mean_difference, report.max_difference, config.parity.correction),
                 )
         self.due, self.metrics = False, report.metrics()
         return measured

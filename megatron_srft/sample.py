@@ -185,7 +185,8 @@ class TrainingSequence:
     """[response] float32; None for demonstrations."""
 
     old_logprobs: np.ndarray | None = None
-    """[response] float32; the trainer's log-probs before the step. None: use the current ones (first update)."""
+    """[response] float32; log-probs before the step: the trainer's, or with parity.old_logprobs engine those of the
+    engine on rollouts. None: use the current ones (first update)."""
 
     policy_logprobs: np.ndarray | None = None
     """[response] float32; the trainer's log-probs before the step, where they have been measured."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_srft.config.base import require
 from megatron_srft.config.critic import check_critic
 from megatron_srft.config.hidden_reward import check_swift, swift_reward
+from megatron_srft.config.methods import PRESETS
 from megatron_srft.config.rewards import VERIFIERS
 
 if TYPE_CHECKING:
+    from megatron_srft.config.methods import ObjectiveConfig
     from megatron_srft.config.run import RunConfig
 
 
@@ -40,6 +42,7 @@ def check_run(run: "RunConfig") -> None:
 
 def check_stage(run: "RunConfig") -> None:
     """What holds for one stage's settings; those of a run with stages are only what its stages start from."""
+    _check_old_logprobs(run)
     _check_old_policy(run)
     _check_kl(run)
     _check_dynamic_sampling(run)
@@ -82,6 +85,22 @@ def _check_rewards(run: "RunConfig") -> None:
         verified or all(reward.kind != "cosine" for reward in run.rewards),
         "rewards: a cosine reward asks a verifier for the verdict; add an item of kind math, exact or judge",
     )
+
+
+def _check_old_logprobs(run: "RunConfig") -> None:
+    require(
+        run.parity.old_logprobs == "trainer" or has_ratio(run.objective),
+        "parity.old_logprobs engine has no effect on an objective without an importance ratio on rollouts, which srft "
+        "is with rollout_surrogate logprob; set parity.correction instead, or choose another rollout_surrogate",
+    )
+
+
+def has_ratio(objective: "ObjectiveConfig") -> bool:
+    """Whether the loss of rollouts has an importance ratio. All have, but SRFT as the paper writes it."""
+    if objective.kind != "srft":
+        return True
+    surrogate = objective.rollout_surrogate or PRESETS[objective.preset]["rollout_surrogate"]
+    return surrogate != "logprob"
 
 
 def _check_kl(run: "RunConfig") -> None:

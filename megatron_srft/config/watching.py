@@ -83,10 +83,18 @@ class ParityConfig:
     max_difference: float = 1.0
     """Largest allowed single difference, in nats."""
 
-    on_failure: Literal["stop", "truncate", "mask", "mask_sequences", "ignore"] = "stop"
-    """stop: end the run with a diagnosis. Otherwise go on, every step with importance weights of the rollout tokens:
-    truncate: truncated. mask: those beyond the limit are left out. mask_sequences: whole completions are, by the mean
-    over their tokens; the others' weights are truncated. ignore: none."""
+    on_failure: Literal["stop", "warn"] = "stop"
+    """stop: end the run with a diagnosis. warn: say so and go on, for which a correction is advisable."""
+
+    correction: Literal["none", "truncate", "mask", "mask_sequences"] = "none"
+    """Importance weights of the rollout tokens, policy before the step / engine, in every step. truncate: truncated.
+    mask: those beyond the limit are left out. mask_sequences: whole completions are, by the mean over their tokens; the
+    others' weights are truncated."""
+
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    """The denominator of the importance ratio on rollouts. trainer: log-probs of the policy before the step. engine:
+    those that came with the completions, so that the ratio itself corrects, and clips, what the engine does otherwise
+    (mismatch/* then compares them with themselves; ratio/* has the difference)."""
 
     importance_limit: float = 2.0
     """Truncate the importance weight at this value; leave out what lies beyond it or its inverse."""
@@ -94,6 +102,11 @@ class ParityConfig:
     def __post_init__(self):
         require_at_least(0, self, "parity", "every", "max_mean_difference", "max_difference")
         require_at_least(1, self, "parity", "importance_limit")
+        require(
+            self.correction == "none" or self.old_logprobs == "trainer",
+            f"parity.correction {self.correction} has nothing to correct when parity.old_logprobs is engine: the ratio "
+            "is to the engine already; set one of them back",
+        )
 
 
 @section

@@ -4,7 +4,7 @@ With d = trainer log-prob - engine log-prob of one sampled token, a run is sound
 measures |d|, the percentiles of the ratio exp(d), and KL(engine || trainer) by Schulman's k3 estimator
 mean(exp(d) - 1 - d) (joschu.net/blog/kl-approx.html), and reads a cause from where the differences lie.
 
-Beyond the limits a run stops, unless it was told to go on with importance weights (objectives/terms.py).
+Beyond the limits a run stops, unless it was told to go on; importance weights (objectives/terms.py) then correct it.
 """
 
 from collections.abc import Callable
@@ -220,5 +220,6 @@ def _diagnosis(report: ParityReport, config: ParityConfig, context: str, finding
         f"Ratio percentiles 1/50/99: {low:.4g} / {median:.4g} / {high:.4g}; KL {report.kl:.3g}; "
         f"mean by quarter of the response: {quartiles}.\n"
         f"{found}Likely causes:{causes}\n"
-        "To go on with importance weights instead, set parity.on_failure to truncate, mask or mask_sequences."
+        "To go on with importance weights instead, set parity.on_failure to warn, and parity.correction to truncate, "
+        "mask or mask_sequences."
     )

@@ -146,8 +146,8 @@ def _objective_loss(
 ) -> objectives.ObjectiveOutput:
     inputs = objectives.gather_inputs(batch, stats)
     parity = config.parity
-    if parity.on_failure not in ("stop", "ignore"):
-        inputs = objectives.with_importance_weights(inputs, parity.on_failure, parity.importance_limit)
+    if parity.correction != "none":
+        inputs = objectives.with_importance_weights(inputs, parity.correction, parity.importance_limit)
     return objectives.compute(inputs, counts, config.objective, config.kl)
 
 

@@ -121,10 +121,12 @@ class Trainer:
         Args:
             measured: what `measure` returned for these sequences, when it has been called already.
         """
-        if measured is None and self._needs_measurement():
+        if measured is None and self._needs_measurement(sequences):
             measured = self.measure(sequences)
         if measured is not None:
             sequences = self._with_measurements(sequences, measured)
+        if self.config.parity.old_logprobs == "engine":
+            sequences = [s if s.is_demonstration else replace(s, old_logprobs=s.rollout_logprobs) for s in sequences]
         if self.config.kl.needs_reference:
             rollouts = [s for s in sequences if not s.is_demonstration]
             with self.reference.in_place():
@@ -238,23 +240,37 @@ class Trainer:
             return None
         return objective.entropy_level
 
-    def _needs_measurement(self) -> bool:
+    def _needs_measurement(self, sequences: Sequence[TrainingSequence]) -> bool:
         """With one update per step the current log-probs are the old ones, so the extra forward pass is saved, unless
         something else is read off it."""
-        several = self.config.batch.updates_per_step > 1
-        return several or self._entropy_pool() is not None or self.config.kl.in_reward or self.reward_head is not None
+        return (
+            self._needs_old_logprobs(sequences)
+            or self._entropy_pool() is not None
+            or self.config.kl.in_reward
+            or self.reward_head is not None
+        )
+
+    def _needs_old_logprobs(self, sequences: Sequence[TrainingSequence]) -> bool:
+        """Whether any sequence is to get the log-probs of the policy before the step.
+
+        With a single update, leaving them out makes the ratio exactly 1 instead of 1 up to rounding; but where rollouts
+        have the engine's, the demonstrations beside them cannot go without.
+        """
+        of_engine = self.config.parity.old_logprobs == "engine"
+        demonstrations, rollouts = ([s.is_demonstration == kind for s in sequences] for kind in (True, False))
+        if of_engine and any(rollouts):
+            return any(demonstrations)
+        return self.config.batch.updates_per_step > 1
 
     def _with_measurements(
         self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]
     ) -> list[TrainingSequence]:
-        pools = self._pooled_entropy(sequences, measured)
-        # With a single update, leaving the old log-probs out makes the ratio exactly 1 instead of 1 up to rounding.
-        several = self.config.batch.updates_per_step > 1
+        pools, needs_old = self._pooled_entropy(sequences, measured), self._needs_old_logprobs(sequences)
         return [
             replace(
                 sequence,
                 policy_logprobs=stats.logprobs,
-                old_logprobs=stats.logprobs if several else sequence.old_logprobs,
+                old_logprobs=stats.logprobs if needs_old else sequence.old_logprobs,
                 pooled_entropy=pooled,
                 hidden_score=stats.hidden_score,
             )

@@ -85,11 +85,10 @@ def test_a_log_prob_that_is_not_finite_never_passes():
         check_parity(report, ParityConfig(max_mean_difference=1e9, max_difference=1e9))
 
 
-@pytest.mark.parametrize("reaction", ["truncate", "mask", "mask_sequences", "ignore"])
-def test_told_to_go_on_the_gate_only_reports(reaction):
+def test_told_to_go_on_the_gate_only_reports():
     engine = engine_side()
     report = compare(perturb(engine, PATTERNS["weights"][0]), engine)
-    assert check_parity(report, ParityConfig(on_failure=reaction)) is False
+    assert check_parity(report, ParityConfig(on_failure="warn")) is False
 
 
 def test_lists_that_do_not_belong_together_are_refused():
