@@ -29,6 +29,7 @@ class ParityGate:
         step: int,
         measure: Callable[[Sequence[TrainingSequence]], list[SequenceStats]],
         investigate: Callable[[], tuple[str, ...]],
+        afresh: Callable[[], Sequence[TrainingSequence]] | None = None,
     ) -> list[SequenceStats] | None:
         """Compare log-probs where it is due; the measurement is handed on, as it may be of use.
 
@@ -36,6 +37,7 @@ class ParityGate:
             step: steps of the run already made.
             measure: gives statistics under the current weights.
             investigate: finds out more before the run stops; see parity_probe.py.
+            afresh: where the step's completions are not of the current weights, samples others that are.
 
         Raises:
             ParityError: they differ beyond the limits, and the config says to stop.
@@ -45,8 +47,9 @@ class ParityGate:
         if not config.samples_rollouts or config.rollout.kind == "replay" or not due:
             return None
         with self.timer("parity"):
-            measured = measure(sequences)
-            pairs = [(m, s) for m, s in zip(measured, sequences, strict=True) if not s.is_demonstration]
+            compared = sequences if afresh is None else afresh()
+            measured = measure(compared)
+            pairs = [(m, s) for m, s in zip(measured, compared, strict=True) if not s.is_demonstration]
             report = compare([m.logprobs for m, _ in pairs], [s.rollout_logprobs for _, s in pairs])
             if not check_parity(report, config.parity, f"before step {step + 1}", investigate) and is_main():
                 log.warning(
@@ -55,7 +58,7 @@ class ParityGate:
                     *(step + 1, report.mean_difference, report.max_difference, config.parity.correction),
                 )
         self.due, self.metrics = False, report.metrics()
-        return measured
+        return measured if afresh is None else None
 
     def take(self) -> dict[str, float]:
         """The metrics, once."""

@@ -19,7 +19,10 @@ from megatron_srft.sample import Prompt, Score, TrainingSequence
 from megatron_srft.trainer.trainer import Trainer
 
 PROBES = 32
-"""Contexts of one token that are tried."""
+"""Prompts that are tried."""
+
+STREAM = -4
+"""Takes the place of the step in the random streams; no training step and no command has this number."""
 
 NAMED = 5
 """Tensors named in the message."""
@@ -37,6 +40,17 @@ def investigate(
     names = sorted({name for part in distributed.all_gather_objects(own, world) for name in part})
     agree = _agree_after_one_token(engine, trainer, sequences, config, world)
     return (_about_weights(names), _about_context(agree, not names))
+
+
+def sample_afresh(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, world: distributed.Group
+) -> list[TrainingSequence]:
+    """One completion of each of some prompts under the engine's weights, to be compared and no more. Collective."""
+    some = list(prompts)[:PROBES]
+    groups = collect(engine, some, [None] * len(some), 1, sampling, seed, STREAM, world)
+    # A prompt may bring answers to learn from; they are not compared.
+    plain = [replace(g, prompt=replace(g.prompt, preference=None), scores=(Score(reward=0.0),)) for g in groups]
+    return to_sequences(plain)
 
 
 def _about_weights(names: list[str]) -> str:
@@ -72,7 +86,6 @@ def _agree_after_one_token(
         for token in tokens
     ]
     once = SamplingConfig(temperature=config.rollout.temperature, max_response_tokens=1)
-    groups = collect(engine, prompts, [None] * len(prompts), 1, once, 0, 0, world)
-    probes = to_sequences([replace(group, scores=(Score(reward=0.0),)) for group in groups])
+    probes = sample_afresh(engine, prompts, once, 0, world)
     report = compare([m.logprobs for m in trainer.measure(probes)], [s.rollout_logprobs for s in probes])
     return within_limits(report, config.parity)

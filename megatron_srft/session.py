@@ -9,6 +9,7 @@ import torch
 from megatron_srft import config as configuration
 from megatron_srft import hidden_stream
 from megatron_srft.advantages import group_statistics, to_sequences
+from megatron_srft.ahead import RolloutsAhead
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
 from megatron_srft.config import RunConfig
@@ -19,10 +20,10 @@ from megatron_srft.evaluate import evaluate
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.parity_gate import ParityGate
-from megatron_srft.parity_probe import investigate
+from megatron_srft.parity_probe import investigate, sample_afresh
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
-from megatron_srft.rollout import RolloutEngine, build_engine, check_engine, collect, dump, load_tokenizer
+from megatron_srft.rollout import RolloutEngine, Share, assemble, build_engine, check_engine, deal, dump, load_tokenizer
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
@@ -88,8 +89,11 @@ class Session:
         self.router.restore(arrays)
         self.data.prompts(self.router.waiting)
         self.hidden_stream.begin(self.config, arrays)
+        self.ahead = RolloutsAhead(groups.world)
+        self.ahead.restore(arrays, self.saves.folder)
         self.engine = self._build_engine()
         self.synced_version: int | None = None
+        self.staleness = 0
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}
         self.routing: dict[str, float] = {}
@@ -140,21 +144,19 @@ class Session:
         """
         if not self.stage.samples_rollouts:
             return self.data.demonstrated(prompts, self.step)
-        shown = self.config.uses_demonstrations
-        demonstrations = [choose_demonstration(p, self.config.seed, self.step) if shown else None for p in prompts]
-        self._sync()
         with self.timer("generate"):
-            return collect(
-                self.engine,
-                prompts,
-                demonstrations,
-                self.config.batch.rollouts_per_prompt,
-                self.config.rollout,
-                self.config.seed,
-                self.step,
-                self.groups.world,
-                sampled=sampled,
-            )
+            groups = self.ahead.take(prompts)
+        self._sync()
+        if groups is None:
+            with self.timer("generate"):
+                share = self._share(prompts, self.step, sampled)
+                completions = self.engine.generate(share.requests, self.config.rollout) if share.requests else []
+                groups = assemble(share, completions, self.groups.world)
+        if self.config.steps_ahead and self.stage_step + 1 < self.config.steps:
+            upcoming = self.data.stream.batch(self.batches_drawn, self.config.batch.prompts_per_step)
+            self.ahead.launch(self.engine, self._share(upcoming, self.step + 1), self.config.rollout)
+        self.staleness = max(self.trainer.policy_version - c.policy_version for g in groups for c in g.completions)
+        return groups
 
     def score(self, groups: list[Group]) -> list[Group]:
         """Verify every answer; each rank takes its share. SFT needs no scores."""
@@ -189,7 +191,9 @@ class Session:
         def findings() -> tuple[str, ...]:
             return investigate(self.engine, self.trainer, sequences, self.config, self.groups.world)
 
-        measured = self.parity.check(sequences, self.config, self.step, self.trainer.measure, findings)
+        measured = self.parity.check(
+            sequences, self.config, self.step, self.trainer.measure, findings, self._afresh if self.staleness else None
+        )
         sequences = self._add_old_policy(sequences, stage_step)
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)
@@ -216,7 +220,7 @@ class Session:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
         hidden = self.hidden_stream.end_step(self.stage_step, self.timer)
         metrics = {**metrics, **group_statistics(groups), **self.parity.take(), **self.accounting}
-        metrics |= {**self.sampling, **self.routing, **hidden}
+        metrics |= {**self.sampling, **self.routing, **hidden, **self.ahead.metrics()}
         self.accounting, self.sampling, self.routing = Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
@@ -280,8 +284,22 @@ class Session:
         with self.timer("refresh"):
             return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
 
+    def _share(self, prompts: list[Prompt], step: int, sampled: Sequence[Prompt] = ()) -> Share:
+        """This rank's part of sampling for these prompts, each with its demonstration of the step."""
+        config, shown = self.config, self.config.uses_demonstrations
+        demonstrations = [choose_demonstration(p, config.seed, step) if shown else None for p in prompts]
+        n = config.batch.rollouts_per_prompt
+        return deal(self.engine, prompts, demonstrations, n, config.seed, step, self.groups.world, sampled=sampled)
+
+    def _afresh(self) -> list[TrainingSequence]:
+        """A few completions of the current weights, for the parity gate."""
+        self.ahead.settle()
+        prompts = self.data.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
+        return sample_afresh(self.engine, prompts, self.config.rollout, self.config.seed, self.groups.world)
+
     def _sync(self) -> None:
         """Give the engine the current weights, if it does not hold them."""
+        self.ahead.settle()
         if self.synced_version != self.trainer.policy_version:
             with self.timer("sync"):
                 self.engine.update_weights(self.trainer.hf_weights(), self.trainer.policy_version)
@@ -325,6 +343,7 @@ class Session:
         )
         with self.timer("save"):
             arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays() | self.hidden_stream.arrays()
+            arrays |= self.ahead.arrays()
             self.saves.write(self.trainer, progress, arrays)
 
     # ------------------------------------------------------------ setting up and leaving

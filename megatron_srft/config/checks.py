@@ -43,6 +43,7 @@ def check_run(run: "RunConfig") -> None:
 def check_stage(run: "RunConfig") -> None:
     """What holds for one stage's settings; those of a run with stages are only what its stages start from."""
     _check_old_logprobs(run)
+    _check_steps_ahead(run)
     _check_old_policy(run)
     _check_kl(run)
     _check_dynamic_sampling(run)
@@ -92,6 +93,21 @@ def _check_old_logprobs(run: "RunConfig") -> None:
         run.parity.old_logprobs == "trainer" or has_ratio(run.objective),
         "parity.old_logprobs engine has no effect on an objective without an importance ratio on rollouts, which srft "
         "is with rollout_surrogate logprob; set parity.correction instead, or choose another rollout_surrogate",
+    )
+
+
+def _check_steps_ahead(run: "RunConfig") -> None:
+    if not run.steps_ahead:
+        return
+    require(
+        run.parity.correction != "none" or run.parity.old_logprobs == "engine",
+        "rollout.steps_ahead 1 trains on completions of the policy of one step ago, and nothing corrects for it; set "
+        "parity.correction (truncate, for example) or parity.old_logprobs to engine",
+    )
+    require(
+        not run.batch.dynamic_sampling,
+        "batch.dynamic_sampling draws more prompts once it has seen a step's answers, so they cannot be sampled a step "
+        "ahead; set rollout.steps_ahead to 0",
     )
 
 

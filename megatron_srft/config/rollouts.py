@@ -39,6 +39,10 @@ class LocalRolloutConfig(SamplingConfig):
     max_concurrent_sequences: int = 256
     """Sequences decoded together on each rank."""
 
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample the next step's completions while this step trains, with the weights before its update. They are then
+    one step old, which parity.correction or parity.old_logprobs must correct."""
+
     dump_every: int = 0
     """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""
 

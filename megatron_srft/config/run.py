@@ -93,6 +93,11 @@ class RunConfig:
         return self.objective.samples_rollouts
 
     @property
+    def steps_ahead(self) -> int:
+        """How many steps before it is trained on a completion is sampled."""
+        return getattr(self.rollout, "steps_ahead", 0) if self.samples_rollouts else 0
+
+    @property
     def uses_demonstrations(self) -> bool:
         """Whether a step has demonstrations. GRPO learns nothing from them; its advantage may count them if told to."""
         return self.objective.learns_from_demonstrations or bool(self.advantage.include_demonstration)

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_srft import distributed
 from megatron_srft.config import SamplingConfig
 from megatron_srft.rollout.engine import Request, RolloutEngine
-from megatron_srft.sample import Demonstration, Group, Prompt
+from megatron_srft.sample import Completion, Demonstration, Group, Prompt
 
 Score = Callable[[list[Group]], list[Group]]
 
@@ -36,24 +37,73 @@ def collect(
     Returns:
         One group per prompt, in the order of `prompts`; the same list on every rank.
     """
+    share = deal(engine, prompts, demonstrations, n, seed, step, world, sampled=sampled)
+    completions = engine.generate(share.requests, sampling) if share.requests else []
+    return assemble(share, completions, world, score=score)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Share:
+    """One rank's part of a step's rollouts.
+
+    Example: of 3 prompts with n=2 on two ranks, own=[0, 2], kept=[(0, 0), (1, 2)] and 4 requests on the first of them.
+    """
+
+    prompts: list[Prompt]
+    """All prompts of the step."""
+    demonstrations: list[Demonstration | None]
+    """One per prompt."""
+    n: int
+    """Completions of each prompt."""
+    own: list[int]
+    """Prompts that this rank's engine answers, as indices."""
+    kept: list[tuple[int, int]]
+    """(place in `own`, prompt) of those whose answers this rank hands on; the engine's other ranks hand on the rest."""
+    requests: list[Request]
+    """n for each of `own`."""
+
+
+def deal(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    demonstrations: list[Demonstration | None],
+    n: int,
+    seed: int,
+    step: int,
+    world: distributed.Group,
+    *,
+    sampled: Sequence[Prompt] = (),
+) -> Share:
+    """This rank's share; arguments as of `collect`."""
     assert len(demonstrations) == len(prompts)
     engine_number, member = divmod(distributed.rank(world), engine.ranks)
     own = share(prompts, distributed.size(world) // engine.ranks, engine_number)
     first = first_samples(prompts, n, sampled)
     requests = [Request(prompt=prompts[i], sample=first[i] + s, seed=seed, step=step) for i in own for s in range(n)]
-    completions = engine.generate(requests, sampling) if requests else []
-    kept = list(enumerate(own))[member :: engine.ranks]  # the engine's other ranks have the same completions
+    kept = list(enumerate(own))[member :: engine.ranks]
+    return Share(prompts=prompts, demonstrations=demonstrations, n=n, own=own, kept=kept, requests=requests)
+
+
+def assemble(
+    share: Share, completions: list[Completion], world: distributed.Group, *, score: Score | None = None
+) -> list[Group]:
+    """All ranks' groups in prompt order, the same list on every rank. Collective.
+
+    Args:
+        completions: one for each of the share's requests.
+    """
     groups = [
         Group(
-            prompt=prompts[i],
-            completions=tuple(completions[place * n : (place + 1) * n]),
-            demonstration=demonstrations[i],
+            prompt=share.prompts[i],
+            completions=tuple(completions[place * share.n : (place + 1) * share.n]),
+            demonstration=share.demonstrations[i],
         )
-        for place, i in kept
+        for place, i in share.kept
     ]
     if score is not None:
         groups = score(groups)
-    return gather({i: group for (_, i), group in zip(kept, groups, strict=True)}, prompts, demonstrations, world)
+    own = {i: group for (_, i), group in zip(share.kept, groups, strict=True)}
+    return gather(own, share.prompts, share.demonstrations, world)
 
 
 def first_samples(prompts: list[Prompt], n: int, sampled: Sequence[Prompt] = ()) -> list[int]:

@@ -23,9 +23,8 @@ def dump_path(folder: Path, step: int) -> Path:
 def dump(groups: list[Group], path: Path) -> None:
     """Write groups, with whatever scores they have; the file appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(_plain(group), ensure_ascii=False) + "\n" for group in groups)
     partial = path.with_name(path.name + ".partial")
-    data = lines.encode()
+    data = to_lines(groups).encode()
     partial.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
     os.replace(partial, path)
 
@@ -40,13 +39,30 @@ def load_dump(path: Path) -> list[Group]:
         text = _unpack(path).decode()
     except (OSError, EOFError, zstandard.ZstdError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the rollouts in {path}: {error}") from None
+    return from_lines(text, path)
+
+
+def to_lines(groups: list[Group]) -> str:
+    """One JSON line per group."""
+    return "".join(json.dumps(_plain(group), ensure_ascii=False) + "\n" for group in groups)
+
+
+def from_lines(text: str, source: Path) -> list[Group]:
+    """What `to_lines` wrote.
+
+    Args:
+        source: where it stood, for the message.
+
+    Raises:
+        ValueError: a line is no group; the message names it.
+    """
     groups = []
     # Not splitlines(), which also cuts at separators like U+2028 that JSON leaves inside strings.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             groups.append(_group(json.loads(line)))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a dumped group ({error!r}); write the dump again") from None
+            raise ValueError(f"{source}:{number}: not a dumped group ({error!r}); write the dump again") from None
     return groups
 
 
