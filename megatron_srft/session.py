@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from megatron_srft import config as configuration
@@ -23,7 +24,17 @@ from megatron_srft.parity_gate import ParityGate
 from megatron_srft.parity_probe import investigate, sample_afresh
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
-from megatron_srft.rollout import RolloutEngine, Share, assemble, build_engine, check_engine, deal, dump, load_tokenizer
+from megatron_srft.rollout import (
+    InFlight,
+    RolloutEngine,
+    Share,
+    assemble,
+    build_engine,
+    check_engine,
+    deal,
+    dump,
+    load_tokenizer,
+)
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
 from megatron_srft.saves import Saves
@@ -91,6 +102,8 @@ class Session:
         self.hidden_stream.begin(self.config, arrays)
         self.ahead = RolloutsAhead(groups.world)
         self.ahead.restore(arrays, self.saves.folder)
+        self.in_flight = self._new_in_flight()
+        self.in_flight.restore(arrays, self.saves.folder)
         self.engine = self._build_engine()
         self.synced_version: int | None = None
         self.staleness = 0
@@ -119,6 +132,9 @@ class Session:
             self.trainer.begin_stage(self.config, self.config.steps)
             self.hidden_stream.begin_stage(self.config)
             self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
+            if is_main() and self.in_flight.flights:
+                log.warning("%d prompts in flight at the end of the stage are dropped", len(self.in_flight.flights))
+            self.in_flight = self._new_in_flight()
             if self.config.rollout != before.rollout:
                 self.engine.close()  # two engines at a time could be too many
                 self.engine, self.synced_version = self._build_engine(), None
@@ -133,8 +149,15 @@ class Session:
             yield self.stage_step
 
     def next_prompts(self) -> list[Prompt]:
+        """The prompts that this step takes up."""
         self.batches_drawn += 1
-        return self.data.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
+        count, partial = self.config.batch.prompts_per_step, self.config.partial
+        if partial is None:
+            return self.data.stream.batch(self.batches_drawn - 1, count)
+        # The extra ones are taken up in a stage's first step, and from then on there are always as many.
+        first, last = (self.batches_drawn - 1) * count, self.batches_drawn * count + partial.extra_prompts
+        begin = first + (partial.extra_prompts if self.in_flight.flights else 0)
+        return self.data.stream.stretch(begin, last - begin)
 
     def roll_out(self, prompts: list[Prompt], sampled: Sequence[Prompt] = ()) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step.
@@ -149,9 +172,7 @@ class Session:
         self._sync()
         if groups is None:
             with self.timer("generate"):
-                share = self._share(prompts, self.step, sampled)
-                completions = self.engine.generate(share.requests, self.config.rollout) if share.requests else []
-                groups = assemble(share, completions, self.groups.world)
+                groups = self._sample(prompts, sampled)
         if self.config.steps_ahead and self.stage_step + 1 < self.config.steps:
             upcoming = self.data.stream.batch(self.batches_drawn, self.config.batch.prompts_per_step)
             self.ahead.launch(self.engine, self._share(upcoming, self.step + 1), self.config.rollout)
@@ -220,7 +241,7 @@ class Session:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
         hidden = self.hidden_stream.end_step(self.stage_step, self.timer)
         metrics = {**metrics, **group_statistics(groups), **self.parity.take(), **self.accounting}
-        metrics |= {**self.sampling, **self.routing, **hidden, **self.ahead.metrics()}
+        metrics |= {**self.sampling, **self.routing, **hidden, **self.ahead.metrics(), **self.in_flight.metrics()}
         self.accounting, self.sampling, self.routing = Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
@@ -284,6 +305,17 @@ class Session:
         with self.timer("refresh"):
             return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
 
+    def _sample(self, prompts: list[Prompt], sampled: Sequence[Prompt]) -> list[Group]:
+        """Groups of these prompts; with partial rollouts those in flight that are finished."""
+        config, share = self.config, self._share(prompts, self.step, sampled)
+        if config.partial is None:
+            completions = self.engine.generate(share.requests, config.rollout) if share.requests else []
+            return assemble(share, completions, self.groups.world)
+        self.in_flight.begin(prompts, share.demonstrations, config.batch.rollouts_per_prompt, self.step)
+        return self.in_flight.advance(
+            self.engine, config.rollout, config.seed, self.step, config.batch.prompts_per_step
+        )
+
     def _share(self, prompts: list[Prompt], step: int, sampled: Sequence[Prompt] = ()) -> Share:
         """This rank's part of sampling for these prompts, each with its demonstration of the step."""
         config, shown = self.config, self.config.uses_demonstrations
@@ -343,13 +375,19 @@ class Session:
         )
         with self.timer("save"):
             arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays() | self.hidden_stream.arrays()
-            arrays |= self.ahead.arrays()
+            arrays |= self.ahead.arrays() | self.in_flight.arrays()
             self.saves.write(self.trainer, progress, arrays)
 
     # ------------------------------------------------------------ setting up and leaving
 
     def _build_engine(self) -> RolloutEngine:
         return build_engine(self.config, self.tokenizer, parallel.device(), self.groups.world)
+
+    def _new_in_flight(self) -> InFlight:
+        def decode(token_ids: np.ndarray) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+        return InFlight(self.config.partial, decode, self.groups.world)
 
     def _load_data(self) -> None:
         self.data = read_stage_data(self.config, self.tokenizer, self.vocab_size)

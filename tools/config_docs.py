@@ -15,6 +15,7 @@ SECTIONS = {
     "data": ["DataConfig"],
     "batch": ["BatchConfig"],
     "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig", "VllmRolloutConfig"],
+    "rollout.partial": ["PartialConfig"],
     "rewards": [
         "MathRewardConfig", "ExactRewardConfig", "JudgeRewardConfig", "FormatRewardConfig", "CosineRewardConfig",
         "LengthRewardConfig", "OverlongRewardConfig", "RepetitionRewardConfig", "FunctionRewardConfig",

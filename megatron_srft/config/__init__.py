@@ -31,6 +31,7 @@ from megatron_srft.config.rewards import (
 )
 from megatron_srft.config.rollouts import (
     LocalRolloutConfig,
+    PartialConfig,
     ReplayRolloutConfig,
     RolloutConfig,
     SamplingConfig,
@@ -100,6 +101,7 @@ __all__ = [
     "OptimizerConfig",
     "OverlongRewardConfig",
     "PRESETS",
+    "PartialConfig",
     "PpoConfig",
     "ParallelConfig",
     "ParityConfig",

@@ -43,7 +43,7 @@ def check_run(run: "RunConfig") -> None:
 def check_stage(run: "RunConfig") -> None:
     """What holds for one stage's settings; those of a run with stages are only what its stages start from."""
     _check_old_logprobs(run)
-    _check_steps_ahead(run)
+    _check_stale_rollouts(run)
     _check_old_policy(run)
     _check_kl(run)
     _check_dynamic_sampling(run)
@@ -96,18 +96,35 @@ def _check_old_logprobs(run: "RunConfig") -> None:
     )
 
 
-def _check_steps_ahead(run: "RunConfig") -> None:
-    if not run.steps_ahead:
+def _check_stale_rollouts(run: "RunConfig") -> None:
+    key = "rollout.steps_ahead" if run.steps_ahead else "rollout.partial" if run.partial else None
+    if key is None:
         return
     require(
         run.parity.correction != "none" or run.parity.old_logprobs == "engine",
-        "rollout.steps_ahead 1 trains on completions of the policy of one step ago, and nothing corrects for it; set "
-        "parity.correction (truncate, for example) or parity.old_logprobs to engine",
+        f"{key} trains on completions of the policy of earlier steps, and nothing corrects for it; set "
+        "parity.correction (truncate, for example), or parity.old_logprobs to engine",
     )
     require(
         not run.batch.dynamic_sampling,
-        "batch.dynamic_sampling draws more prompts once it has seen a step's answers, so they cannot be sampled a step "
-        "ahead; set rollout.steps_ahead to 0",
+        f"batch.dynamic_sampling draws more prompts once it has seen a step's answers, which {key} does not wait for; "
+        "use one of them",
+    )
+    if run.partial is None:
+        return
+    require(
+        not run.steps_ahead,
+        "rollout.partial carries completions over, and rollout.steps_ahead samples them before; use one of them",
+    )
+    limit, size = run.rollout.max_response_tokens, run.partial.tokens_per_round
+    require(
+        limit % size == 0,
+        f"rollout.partial.tokens_per_round {size} must divide rollout.max_response_tokens {limit}, so that the last "
+        "round is as long as the others",
+    )
+    require(
+        not run.rollout.stop,
+        "rollout.partial cannot find a rollout.stop string that lies across two rounds; remove one of them",
     )
 
 

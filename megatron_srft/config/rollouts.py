@@ -33,6 +33,25 @@ class SamplingConfig:
 
 
 @section
+class PartialConfig:
+    """Partial rollouts: a step does not wait for its longest completions, they go on in later steps."""
+
+    tokens_per_round: int
+    """New tokens of each unfinished completion before it is seen whether enough prompts are finished. Divides
+    rollout.max_response_tokens."""
+
+    extra_prompts: int
+    """Prompts in flight beyond batch.prompts_per_step, over all ranks: a step ends with the first prompts_per_step that
+    are finished, the oldest first, and the others are carried over to the next."""
+
+    max_age: int = 4
+    """Steps after the one that it was begun in by which a completion is finished, however long the step then takes."""
+
+    def __post_init__(self):
+        require_at_least(1, self, "rollout.partial", "tokens_per_round", "extra_prompts", "max_age")
+
+
+@section
 class LocalRolloutConfig(SamplingConfig):
     kind: Literal["local"] = "local"
 
@@ -42,6 +61,10 @@ class LocalRolloutConfig(SamplingConfig):
     steps_ahead: Literal[0, 1] = 0
     """1: sample the next step's completions while this step trains, with the weights before its update. They are then
     one step old, which parity.correction or parity.old_logprobs must correct."""
+
+    partial: PartialConfig | None = None
+    """Let long completions go on in later steps. They are then of several policies, which parity.correction or
+    parity.old_logprobs must correct."""
 
     dump_every: int = 0
     """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""
@@ -107,6 +130,10 @@ class VllmRolloutConfig(SamplingConfig):
 
     sync_timeout: float = 600.0
     """Seconds that a weight sync may take; then the run ends and says which rank waits for which tensor."""
+
+    partial: PartialConfig | None = None
+    """Let long completions go on in later steps. They are then of several policies, which parity.correction or
+    parity.old_logprobs must correct."""
 
     dump_every: int = 0
     """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""

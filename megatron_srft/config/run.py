@@ -18,7 +18,13 @@ from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
 from megatron_srft.config.rewards import REWARDS, RewardConfig, with_limit
-from megatron_srft.config.rollouts import LocalRolloutConfig, ReplayRolloutConfig, RolloutConfig, VllmRolloutConfig
+from megatron_srft.config.rollouts import (
+    LocalRolloutConfig,
+    PartialConfig,
+    ReplayRolloutConfig,
+    RolloutConfig,
+    VllmRolloutConfig,
+)
 from megatron_srft.config.setup import (
     BatchConfig,
     DataConfig,
@@ -96,6 +102,11 @@ class RunConfig:
     def steps_ahead(self) -> int:
         """How many steps before it is trained on a completion is sampled."""
         return getattr(self.rollout, "steps_ahead", 0) if self.samples_rollouts else 0
+
+    @property
+    def partial(self) -> PartialConfig | None:
+        """How completions are spread over steps; None where each is sampled in one."""
+        return getattr(self.rollout, "partial", None) if self.samples_rollouts else None
 
     @property
     def uses_demonstrations(self) -> bool:

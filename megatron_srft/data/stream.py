@@ -38,11 +38,15 @@ class PromptStream:
                 f"batch.prompts_per_step is {prompts_per_step}, but the data hold only {len(self.prompts)} prompts; "
                 "lower it, or use more data"
             )
-        first_epoch, start = divmod(step * prompts_per_step, len(self.prompts))
-        order = self._order(first_epoch)[start : start + prompts_per_step]
-        missing = prompts_per_step - len(order)
-        if missing:
-            order = np.concatenate([order, self._order(first_epoch + 1)[:missing]])
+        return self.stretch(step * prompts_per_step, prompts_per_step)
+
+    def stretch(self, start: int, count: int) -> list[Prompt]:
+        """The prompts at `count` places of the endless order, from place `start` on."""
+        epoch, place = divmod(start, len(self.prompts))
+        order = self._order(epoch)[place : place + count]
+        while len(order) < count:
+            epoch += 1
+            order = np.concatenate([order, self._order(epoch)[: count - len(order)]])
         return [self.prompts[index] for index in order]
 
     def _order(self, epoch: int) -> np.ndarray:

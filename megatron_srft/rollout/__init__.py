@@ -4,8 +4,10 @@ from megatron_srft.rollout.build import build_engine, check_engine, load_local_e
 from megatron_srft.rollout.collect import Share, assemble, collect, deal
 from megatron_srft.rollout.dump import dump, dump_path, from_lines, load_dump, to_lines
 from megatron_srft.rollout.engine import Request, RolloutEngine
+from megatron_srft.rollout.partial import InFlight
 
 __all__ = [
+    "InFlight",
     "Request",
     "RolloutEngine",
     "Share",

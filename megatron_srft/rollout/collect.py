@@ -77,7 +77,8 @@ def deal(
     """This rank's share; arguments as of `collect`."""
     assert len(demonstrations) == len(prompts)
     engine_number, member = divmod(distributed.rank(world), engine.ranks)
-    own = share(prompts, distributed.size(world) // engine.ranks, engine_number)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    own = share(lengths, distributed.size(world) // engine.ranks, engine_number)
     first = first_samples(prompts, n, sampled)
     requests = [Request(prompt=prompts[i], sample=first[i] + s, seed=seed, step=step) for i in own for s in range(n)]
     kept = list(enumerate(own))[member :: engine.ranks]
@@ -120,9 +121,9 @@ def first_samples(prompts: list[Prompt], n: int, sampled: Sequence[Prompt] = ())
     return first
 
 
-def share(prompts: list[Prompt], engines: int, number: int) -> list[int]:
-    """Indices of one engine's prompts: dealt out one by one from the longest to the shortest, back and forth."""
-    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
+def share(lengths: list[int], engines: int, number: int) -> list[int]:
+    """Indices of one engine's part of what has these lengths: dealt out from the longest on, back and forth."""
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rounds = [by_length[start : start + engines] for start in range(0, len(by_length), engines)]
     dealt = [(deal if place % 2 == 0 else deal[::-1]) for place, deal in enumerate(rounds)]
     if dealt and len(dealt[-1]) < engines:

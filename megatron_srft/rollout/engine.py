@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_srft.config import SamplingConfig
@@ -32,6 +33,20 @@ class Request:
 
     step: int = 0
     """The training step; evaluate.STREAM for an evaluation, whose answers share no random numbers with training."""
+
+    begun: np.ndarray | None = None
+    """[tokens] int32; of a response that was begun before: what is there of it. The completion is what comes after."""
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[tokens] int32; what the engine reads before it samples."""
+        prompt = self.prompt.token_ids
+        return prompt if self.begun is None else np.concatenate([prompt, self.begun])
+
+    @property
+    def offset(self) -> int:
+        """Where in the response the next token stands."""
+        return 0 if self.begun is None else len(self.begun)
 
 
 class RolloutEngine(Protocol):

@@ -149,7 +149,7 @@ class Decoding:
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
         self.rows = Rows.empty(self.capacity, sampling.max_response_tokens)
         self.cache = SlotCache(self.model.config.num_hidden_layers, self.model.device)
-        prompt = max(len(request.prompt.token_ids) for request in requests)
+        prompt = max(len(request.token_ids) for request in requests)
         self.cache.reserve(prompt + min(sampling.max_response_tokens, FIRST_SLOTS), self.capacity)
         self.alive = 0
         self.next = 0
@@ -171,15 +171,15 @@ class Decoding:
         same_prompt: dict[bytes, list[int]] = {}
         for row in range(self.alive, self.alive + count):
             request = self.requests[self.next]
-            prompt = request.prompt.token_ids
+            prompt = request.token_ids
             same_prompt.setdefault(prompt.tobytes(), []).append(row)
             self.rows.request[row] = self.next
             self.rows.prompt_length[row] = len(prompt)
             self.rows.generated[row] = 0
             self.rows.token[row] = prompt[-1]
-            self.rows.uniforms[row] = uniforms(
-                request.seed, request.step, request.prompt.id, request.sample, self.sampling.max_response_tokens
-            )
+            end = request.offset + self.sampling.max_response_tokens
+            stream = uniforms(request.seed, request.step, request.prompt.id, request.sample, end)
+            self.rows.uniforms[row] = stream[request.offset :]
             self.next += 1
         self.alive += count
         for chunk in prefill_chunks(list(same_prompt.values()), self.rows.prompt_length):
@@ -187,7 +187,7 @@ class Decoding:
 
     def prefill(self, groups: list[list[int]]) -> None:
         """Run one prompt per group, without its last token, and copy its keys and values to the group's rows."""
-        prompts = [self.requests[self.rows.request[group[0]]].prompt.token_ids[:-1] for group in groups]
+        prompts = [self.requests[self.rows.request[group[0]]].token_ids[:-1] for group in groups]
         # Padding on the right needs no mask: causal attention never looks there, and decoding overwrites it.
         token_ids = np.zeros((len(prompts), max(map(len, prompts))), np.int64)
         for line, prompt in zip(token_ids, prompts, strict=True):
@@ -275,7 +275,7 @@ def prefill_chunks(groups: list[list[int]], prompt_length: np.ndarray) -> list[l
 def check_lengths(requests: list[Request], max_response_tokens: int, max_positions: int) -> None:
     """Raises ValueError for a prompt that is empty or leaves too few of the model's positions for the response."""
     for request in requests:
-        length = len(request.prompt.token_ids)
+        length = len(request.token_ids)
         if length == 0:
             raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
         if length + max_response_tokens > max_positions:

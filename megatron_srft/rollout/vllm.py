@@ -240,7 +240,7 @@ class VllmEngine:
         """See `RolloutEngine`. All ranks of an engine pass the same requests in the same order."""
         assert self.policy_version is not None, "update_weights must succeed before generate"
         self._check_lengths(requests, sampling.max_response_tokens)
-        prompts = [request.prompt.token_ids.tolist() for request in requests]
+        prompts = [request.token_ids.tolist() for request in requests]
         ends = sorted(self.end_token_ids)
         answers = interface.generate(self.llm, prompts, [seed(request) for request in requests], sampling, ends)
         for request, prompt, answer in zip(requests, prompts, answers, strict=True):
@@ -263,7 +263,7 @@ class VllmEngine:
 
     def _check_lengths(self, requests: list[Request], max_response_tokens: int) -> None:
         for request in requests:
-            length = len(request.prompt.token_ids)
+            length = len(request.token_ids)
             if length == 0:
                 raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
             if length + max_response_tokens > self.max_model_len:
@@ -318,6 +318,7 @@ def engine_arguments(config: RunConfig, model: Architecture) -> dict[str, object
 def seed(request: Request) -> int:
     """A request's own number in [0, 2**63), whichever engine serves it and in whichever batch."""
     key = f"{request.seed}/{request.step}/{request.sample}/{request.prompt.id}"
+    key += f"+{request.offset}" if request.offset else ""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 

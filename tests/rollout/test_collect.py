@@ -41,7 +41,7 @@ def collect_on_a_rank(folder, prompts):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     groups = collect_here(folder, prompts, dist.group.WORLD)
-    own = share(prompts, 2, dist.get_rank())
+    own = share([len(p.token_ids) for p in prompts], 2, dist.get_rank())
     dist.destroy_process_group()
     return groups, own
 
@@ -65,7 +65,7 @@ def test_two_ranks_make_what_one_makes(folders, prompts):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 20])
 def test_every_prompt_has_one_rank_and_long_ones_are_spread(prompts, ranks):
-    shares = [share(prompts, ranks, rank) for rank in range(ranks)]
+    shares = [share([len(p.token_ids) for p in prompts], ranks, rank) for rank in range(ranks)]
     assert sorted(i for own in shares for i in own) == list(range(len(prompts)))
     counts = [len(own) for own in shares]
     assert max(counts) - min(counts) <= 1
