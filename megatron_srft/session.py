@@ -215,6 +215,8 @@ class Session:
         measured = self.parity.check(
             sequences, self.config, self.step, self.trainer.measure, findings, self._afresh if self.staleness else None
         )
+        if self.stage.samples_rollouts and not self.config.steps_ahead and self.engine.rest():
+            self.synced_version = None
         sequences = self._add_old_policy(sequences, stage_step)
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)

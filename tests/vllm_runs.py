@@ -175,6 +175,21 @@ def rope_base(llm: Any, base: float):
             module.cos_sin_cache.copy_(table)
 
 
+@contextlib.contextmanager
+def naps(engine: Any):
+    """Sleep mode, which the CPU build accepts and does not carry out; the calls, and whether the engine had weights."""
+    calls: list[tuple] = []
+    sleep, wake = vllm_interface.sleep, vllm_interface.wake
+    vllm_interface.sleep = lambda llm: (calls.append(("sleep", engine.policy_version)), sleep(llm))
+    vllm_interface.wake = lambda llm, part: (calls.append(("wake", part)), wake(llm, part))
+    engine.sleeps = True
+    try:
+        yield calls
+    finally:
+        engine.sleeps = False
+        vllm_interface.sleep, vllm_interface.wake = sleep, wake
+
+
 def slow_sync(engine: Any, weights: Any) -> list[str]:
     """What the deadline says of a sync that waits too long for its fourth tensor; it would end the process."""
     said: list[str] = []
@@ -228,7 +243,8 @@ def alone(path: Path) -> dict[str, Any]:
         found["faults"]["missing"] = message(run.engine.update_weights, list(run.trainer.hf_weights())[1:], 9)
         found["refused"] = message(run.engine.generate, requests_for(make_prompts()), config.rollout)
         run.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
-        train(run)
+        with naps(run.engine) as found["naps"]:
+            train(run)
         run.engine.close()
         hf_overrides = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
         wrong = replace(config.rollout, vllm=ENGINE | {"hf_overrides": hf_overrides})

@@ -74,5 +74,11 @@ class RolloutEngine(Protocol):
             RolloutError: the weights give log-probs that are not finite.
         """
 
+    def rest(self) -> bool:
+        """Give back, until the next `update_weights`, what memory can be given back; whether the weights went with it.
+
+        Called when the step has its completions, before the trainer needs the memory.
+        """
+
     def close(self) -> None:
         """Give memory back; the engine is of no use afterwards."""

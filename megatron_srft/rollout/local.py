@@ -91,6 +91,10 @@ class LocalEngine:
             for sampled, text in zip(decoding.finished, texts, strict=True)
         ]
 
+    def rest(self) -> bool:
+        """Nothing: it keeps its weights."""
+        return False
+
     def close(self) -> None:
         self.model = None
 

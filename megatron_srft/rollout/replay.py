@@ -42,6 +42,10 @@ class ReplayEngine:
         asked = Counter((request.step, request.prompt.id) for request in requests)
         return [self._find(request, asked[request.step, request.prompt.id]) for request in requests]
 
+    def rest(self) -> bool:
+        """Nothing: it keeps its weights."""
+        return False
+
     def close(self) -> None:
         self.groups = {}
 

@@ -92,6 +92,7 @@ class VllmEngine:
         self.llm = interface.start_engine(engine_arguments(config, self.architecture), KEY)
         self.max_model_len = interface.max_model_len(self.llm)
         self.policy_version: int | None = None
+        self.sleeps, self.asleep = bool(config.rollout.vllm.get("enable_sleep_mode")), False
         self.syncs = 0
         self.base = BaseModel(
             name=config.model.path,
@@ -114,6 +115,13 @@ class VllmEngine:
         interface.stop_engine(self.llm)
         self.llm = None
 
+    def rest(self) -> bool:
+        """See `RolloutEngine`. With rollout.vllm.enable_sleep_mode weights, keys and values go; the graphs stay."""
+        if self.sleeps and not self.asleep:
+            interface.sleep(self.llm)
+            self.asleep, self.policy_version = True, None
+        return self.asleep
+
     # ------------------------------------------------------------ weights
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
@@ -127,8 +135,15 @@ class VllmEngine:
         remedy = "A slow machine needs a higher rollout.sync_timeout."
         work = f"weight sync of policy version {policy_version}"
         with Deadline(self.settings.sync_timeout, work, distributed.rank(self.world), remedy) as deadline:
+            if self.asleep:
+                deadline.at("waking vLLM for the weights")
+                interface.wake(self.llm, "weights")
             parts, sent = self._parts() if check else [], {}
             interface.load(self.llm, self._watch(tensors, deadline, _by_name(parts), sent))
+            if self.asleep:
+                deadline.at("waking vLLM for its keys and values")
+                interface.wake(self.llm, "kv_cache")
+                self.asleep = False
             if check:
                 self._compare(parts, sent, deadline)
         self.policy_version = policy_version

@@ -79,8 +79,16 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.LLM.collective_rpc": ("method", "args"),
     "vllm.LLM.reset_prefix_cache": (),
     "vllm.LLM.get_tokenizer": (),
+    "vllm.LLM.sleep": ("level",),
+    "vllm.LLM.wake_up": ("tags",),
     "vllm.EngineArgs": (
-        *("enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes"),
+        *(
+            "enable_sleep_mode",
+            "enable_prefix_caching",
+            "enforce_eager",
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+        ),
         *("max_model_len", "tensor_parallel_size", *VLLM_RESERVED),
     ),
     "vllm.SamplingParams": (
@@ -214,6 +222,17 @@ def stop_engine(llm: Any) -> None:
     parallel_state._WORLD = parallel_state._NODE_COUNT = None
     gc.unfreeze()
     gc.collect()
+
+
+def sleep(llm: Any) -> None:
+    """Give back the memory of weights, keys and values; buffers (the tables of rope) are kept on the host by vLLM."""
+    llm.sleep(level=2)
+
+
+def wake(llm: Any, part: str) -> None:
+    """Take memory again, for "weights" (undefined until they are loaded) or for the "kv_cache"; one after the other, so
+    that the trainer's export has room between them."""
+    llm.wake_up(tags=[part])
 
 
 def model_settings(llm: Any) -> dict[str, Any]:

@@ -113,6 +113,13 @@ def test_a_run_trains_on_what_vllm_samples(folder, one, two, name):
     assert all(line["time/sync"] > 0 for line in steps)
 
 
+def test_with_sleep_mode_every_step_wakes_for_new_weights_and_sleeps_before_the_update(one):
+    """The CPU build only stops to schedule when it sleeps; the memory is a matter of GPUs."""
+    version = one["naps"][0][1]
+    awake = [("wake", "weights"), ("wake", "kv_cache")]
+    assert one["naps"] == [("sleep", version), *awake, ("sleep", version + 1)]
+
+
 # ---------------------------------------------------------------- faults, each before the first update
 
 
