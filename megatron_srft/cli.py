@@ -19,6 +19,7 @@ commands:
   report RUN                     write report.html into a run folder
   analyze WHAT ...               probabilities, trajectory, clipped tokens, entropy of checkpoints; compare runs
   reward WHAT ...                train a reward head on hidden states, score rollouts with one, import one
+  serve CONFIG [key=value ...]   a vLLM server for runs with rollout.kind vllm_server
   doctor                         what is installed, and what works on this machine
 
 megatron-srft COMMAND --help lists a command's options. --debug shows the traceback of a mistake too.
@@ -220,6 +221,27 @@ def reward(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return reward_command.main(parser, arguments)
 
 
+def serve(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Become a vLLM server that samples for runs with rollout.kind vllm_server; its weights come from the trainer."""
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, applied over the file")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1); whoever reaches it can change the weights",
+    )
+    options = parser.parse_intermixed_args(arguments)
+
+    def body() -> int:
+        from megatron_srft import config
+        from megatron_srft.rollout import serve as server
+
+        return server.main(config.load(options.config, options.overrides), options.host, options.port)
+
+    return errors.run(body, debug=options.debug)
+
+
 def doctor(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """Print versions, devices and what works here; status 1 when something required does not."""
     options = parser.parse_args(arguments)
@@ -242,6 +264,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, list[str]], int]] = {
     "report": report,
     "analyze": analyze,
     "reward": reward,
+    "serve": serve,
     "doctor": doctor,
 }
 

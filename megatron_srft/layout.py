@@ -260,8 +260,8 @@ def head_bytes(config: RunConfig, model: Architecture, tokens: int, padded_vocab
 
 
 def generates(config: RunConfig) -> bool:
-    """Whether an engine with a model of its own samples completions in this run."""
-    return config.samples_rollouts and config.rollout.kind != "replay"
+    """Whether an engine with a model of its own samples completions on the trainer's machines."""
+    return config.samples_rollouts and config.rollout.kind not in ("replay", "vllm_server")
 
 
 def engine_bytes(config: RunConfig, model: Architecture) -> int:

@@ -244,6 +244,7 @@ class Session:
         hidden = self.hidden_stream.end_step(self.stage_step, self.timer)
         metrics = {**metrics, **group_statistics(groups), **self.parity.take(), **self.accounting}
         metrics |= {**self.sampling, **self.routing, **hidden, **self.ahead.metrics(), **self.in_flight.metrics()}
+        metrics |= self.engine.take_metrics()
         self.accounting, self.sampling, self.routing = Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}

@@ -14,7 +14,7 @@ SECTIONS = {
     "ops": ["OpsConfig"],
     "data": ["DataConfig"],
     "batch": ["BatchConfig"],
-    "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig", "VllmRolloutConfig"],
+    "rollout": ["LocalRolloutConfig", "ReplayRolloutConfig", "VllmRolloutConfig", "VllmServerRolloutConfig"],
     "rollout.partial": ["PartialConfig"],
     "rewards": [
         "MathRewardConfig", "ExactRewardConfig", "JudgeRewardConfig", "FormatRewardConfig", "CosineRewardConfig",

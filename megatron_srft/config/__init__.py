@@ -36,6 +36,7 @@ from megatron_srft.config.rollouts import (
     RolloutConfig,
     SamplingConfig,
     VllmRolloutConfig,
+    VllmServerRolloutConfig,
     as_local,
 )
 from megatron_srft.config.run import (
@@ -121,6 +122,7 @@ __all__ = [
     "SwiftRewardConfig",
     "VERIFIERS",
     "VllmRolloutConfig",
+    "VllmServerRolloutConfig",
     "as_local",
     "from_dict",
     "load",

@@ -34,9 +34,9 @@ def check_run(run: "RunConfig") -> None:
     )
     cut = run.rollout.top_p < 1 or run.rollout.top_k > 0
     require(
-        not (run.samples_rollouts and run.rollout.kind == "vllm" and cut and run.rollout.temperature != 1),
-        "rollout.kind vllm has no log-probs after the temperature and before top_p and top_k, which training needs; "
-        "set rollout.temperature to 1, or rollout.top_p to 1 and rollout.top_k to 0",
+        not (run.samples_rollouts and run.rollout.kind.startswith("vllm") and cut and run.rollout.temperature != 1),
+        f"rollout.kind {run.rollout.kind} has no log-probs after the temperature and before top_p and top_k, which "
+        "training needs; set rollout.temperature to 1, or rollout.top_p to 1 and rollout.top_k to 0",
     )
 
 

@@ -1,5 +1,6 @@
 """Where completions come from: sampling and rollout engines."""
 
+import re
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
@@ -142,18 +143,101 @@ class VllmRolloutConfig(SamplingConfig):
         SamplingConfig.__post_init__(self)
         require_at_least(0, self, "rollout", "checksum_every", "dump_every")
         require_at_least(1, self, "rollout", "sync_timeout")
-        for name in self.vllm:
-            require(name not in VLLM_RESERVED, f"rollout.vllm.{name} is reserved: {VLLM_RESERVED.get(name)}; remove it")
-        ranks = self.engine_ranks
-        require(
-            isinstance(ranks, int) and ranks >= 1,
-            f"rollout.vllm.tensor_parallel_size must be a whole number of at least 1, not {ranks!r}",
-        )
+        _check_native(self.vllm, VLLM_RESERVED)
 
     @property
     def engine_ranks(self) -> int:
         """Ranks that hold one engine between them."""
         return self.vllm.get("tensor_parallel_size", 1)
+
+
+def _check_native(arguments: dict[str, Any], reserved: dict[str, str]) -> None:
+    for name in arguments:
+        require(name not in reserved, f"rollout.vllm.{name} is reserved: {reserved.get(name)}; remove it")
+    size = arguments.get("tensor_parallel_size", 1)
+    require(
+        isinstance(size, int) and size >= 1,
+        f"rollout.vllm.tensor_parallel_size must be a whole number of at least 1, not {size!r}",
+    )
+
+
+SERVER_RESERVED = {name: why for name, why in VLLM_RESERVED.items() if name != "distributed_executor_backend"} | {
+    "weight_transfer_config": "rollout.transfer says it",
+    "data_parallel_size": "start one server for each, and list them all in rollout.servers",
+    "pipeline_parallel_size": "a server is cut by tensor_parallel_size alone",
+}
+"""Likewise for servers."""
+
+SERVER_URL = re.compile(r"http://(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
+
+
+@section
+class VllmServerRolloutConfig(SamplingConfig):
+    kind: Literal["vllm_server"] = "vllm_server"
+
+    servers: tuple[str, ...] = ()
+    """Servers that `megatron-srft serve` has started, as http://host:port; any number, anywhere."""
+
+    transfer: Literal["auto", "tcp", "nccl"] = "auto"
+    """How weights reach a server: tcp through the host's memory, nccl from GPU to GPU (not run on GPUs yet). auto is
+    tcp."""
+
+    max_concurrent_requests: int = 256
+    """Requests that a server has at a time, of all ranks together; the others wait in the trainer."""
+
+    retries: int = 3
+    """Times that a request is sent again, to another server where there is one, before the run ends."""
+
+    request_timeout: float = 1800.0
+    """Seconds that a server may take for one completion before it is taken for dead."""
+
+    server_timeout: float = 60.0
+    """Seconds that a server may be silent (asked for its health, its settings, or in the midst of a weight sync) before
+    it is taken for dead."""
+
+    start_timeout: float = 600.0
+    """Seconds that the start of the run waits for servers."""
+
+    sync_timeout: float = 600.0
+    """Seconds that a weight sync may take over all ranks; then the run ends and says which rank waits for which
+    tensor."""
+
+    bucket_bytes: int = 64 << 20
+    """Bytes of weights that are copied to the host at a time. A rank that feeds servers holds three such buckets."""
+
+    checksum_every: int = 50
+    """Compare a checksum of every tensor between trainer and servers at the first weight sync and every Nth; 0 only at
+    the first."""
+
+    api_key_env: str = ""
+    """Name of the environment variable with the servers' key (vllm serve --api-key); empty: they have none."""
+
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Native engine arguments of vLLM that `megatron-srft serve` starts a server with, as of `kind: vllm`."""
+
+    dump_every: int = 0
+    """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""
+
+    def __post_init__(self):
+        SamplingConfig.__post_init__(self)
+        require(bool(self.servers), "rollout.servers names no server; list them as [http://host:port, ...]")
+        for url in self.servers:
+            require(
+                SERVER_URL.fullmatch(url) is not None,
+                f"rollout.servers: {url!r} is no address of a server; write it as http://host:port",
+            )
+        twice = sorted({url for url in self.servers if self.servers.count(url) > 1})
+        require(not twice, f"rollout.servers names {', '.join(twice)} twice; remove one")
+        require_at_least(0, self, "rollout", "retries", "checksum_every", "dump_every")
+        require_at_least(1, self, "rollout", "max_concurrent_requests", "start_timeout", "sync_timeout")
+        require_at_least(0.1, self, "rollout", "request_timeout", "server_timeout")
+        require_at_least(1024, self, "rollout", "bucket_bytes")
+        _check_native(self.vllm, SERVER_RESERVED)
+
+    @property
+    def transfer_engine(self) -> str:
+        """Name of the weight transfer engine that servers are started with."""
+        return "nccl" if self.transfer == "nccl" else "srft_tcp"
 
 
 def as_local(rollout: SamplingConfig) -> LocalRolloutConfig:
@@ -164,5 +248,6 @@ def as_local(rollout: SamplingConfig) -> LocalRolloutConfig:
 
 
 RolloutConfig = Annotated[
-    LocalRolloutConfig | ReplayRolloutConfig | VllmRolloutConfig, pydantic.Field(discriminator="kind")
+    LocalRolloutConfig | ReplayRolloutConfig | VllmRolloutConfig | VllmServerRolloutConfig,
+    pydantic.Field(discriminator="kind"),
 ]

@@ -24,6 +24,7 @@ from megatron_srft.config.rollouts import (
     ReplayRolloutConfig,
     RolloutConfig,
     VllmRolloutConfig,
+    VllmServerRolloutConfig,
 )
 from megatron_srft.config.setup import (
     BatchConfig,
@@ -323,7 +324,12 @@ def _visible(location: list[str]) -> list[str]:
     return [part for i, part in enumerate(location) if part not in KINDS or (i > 0 and location[i - 1] in KINDS)]
 
 
-ROLLOUTS = {"local": LocalRolloutConfig, "replay": ReplayRolloutConfig, "vllm": VllmRolloutConfig}
+ROLLOUTS = {
+    "local": LocalRolloutConfig,
+    "replay": ReplayRolloutConfig,
+    "vllm": VllmRolloutConfig,
+    "vllm_server": VllmServerRolloutConfig,
+}
 
 KINDS = {*ROLLOUTS, *REWARDS, *OBJECTIVES}
 """Tags of the unions; pydantic puts them into error locations, where a user does not expect them."""

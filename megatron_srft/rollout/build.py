@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, ModelConfig, RunConfig
-from megatron_srft.rollout import vllm
+from megatron_srft.rollout import vllm, vllm_server
 from megatron_srft.rollout.cache import SLOT_ATTENTION
 from megatron_srft.rollout.engine import RolloutEngine
 from megatron_srft.rollout.local import LocalEngine
@@ -30,6 +30,8 @@ def build_engine(
     folder = _model_folder(config.model)
     if config.rollout.kind == "vllm":
         return vllm.VllmEngine(config, tokenizer, world)
+    if config.rollout.kind == "vllm_server":
+        return vllm_server.VllmServerEngine(config, tokenizer, world)
     trust = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     with torch.device(device):
@@ -48,6 +50,8 @@ def check_engine(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError for a mistake in `config.rollout` that can be found before a model is loaded."""
     if config.rollout.kind == "vllm":
         vllm.check_engine(config, world_size)
+    if config.rollout.kind == "vllm_server":
+        vllm_server.check_engine(config)
 
 
 def load_local_engine(

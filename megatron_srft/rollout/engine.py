@@ -80,5 +80,8 @@ class RolloutEngine(Protocol):
         Called when the step has its completions, before the trainer needs the memory.
         """
 
+    def take_metrics(self) -> dict[str, float]:
+        """Figures of what happened since the last call, for the step's line; the same on every rank. Collective."""
+
     def close(self) -> None:
         """Give memory back; the engine is of no use afterwards."""

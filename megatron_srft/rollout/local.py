@@ -95,6 +95,10 @@ class LocalEngine:
         """Nothing: it keeps its weights."""
         return False
 
+    def take_metrics(self) -> dict[str, float]:
+        """See `RolloutEngine`; there is nothing to tell."""
+        return {}
+
     def close(self) -> None:
         self.model = None
 

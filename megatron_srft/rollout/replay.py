@@ -46,6 +46,10 @@ class ReplayEngine:
         """Nothing: it keeps its weights."""
         return False
 
+    def take_metrics(self) -> dict[str, float]:
+        """See `RolloutEngine`; there is nothing to tell."""
+        return {}
+
     def close(self) -> None:
         self.groups = {}
 

@@ -14,15 +14,11 @@ What is checked, each before the first update of the run:
     log-probs       parity.py                                                               parity.every
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import isfinite
-from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
@@ -30,25 +26,24 @@ from megatron_srft.deadline import Deadline
 from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits
 from megatron_srft.rollout import vllm_interface as interface
 from megatron_srft.rollout.engine import Request, RolloutError
-from megatron_srft.rollout.local import check_finite, end_token_ids
+from megatron_srft.rollout.vllm_common import (
+    KEY,
+    SyncError,
+    check_answer,
+    check_known,
+    check_lengths,
+    check_model,
+    engine_arguments,
+    mismatch,
+    read_model,
+    seed,
+    to_completions,
+    watch,
+)
 from megatron_srft.sample import Completion
-from megatron_srft.weights.architecture import Architecture, read_architecture
+from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.digest import digest
-from megatron_srft.weights.tables import HEAD, hf_shapes
-
-KEY = "rollout.vllm"
-"""Where the native arguments stand in the config."""
-
-GPU_SHARE = 0.4
-"""Of a GPU's memory, for weights, keys and values of the engine; the trainer lives beside it. vLLM's own default of
-0.92 is for a GPU of its own."""
-
-HOST_CACHE_BYTES = 1 << 30
-"""Keys and values on a CPU, where vLLM would otherwise take a share of the whole machine's memory."""
-
-
-class SyncError(RuntimeError):
-    """The engine does not hold the weights it was given; the message names rank and tensors."""
+from megatron_srft.weights.tables import hf_shapes
 
 
 def check_engine(config: RunConfig, world_size: int) -> None:
@@ -80,15 +75,9 @@ class VllmEngine:
         """
         self.settings, self.tokenizer, self.world = config.rollout, tokenizer, world
         self.ranks = config.rollout.engine_ranks
-        folder, trust = Path(config.model.path), config.model.trust_remote_code
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        hf_config, self.end_token_ids = read_model(config.model, tokenizer)
         self.architecture = read_architecture(hf_config)
         self.shapes = hf_shapes(self.architecture)
-        named = (folder / "generation_config.json").is_file()
-        generation = (
-            GenerationConfig.from_pretrained(folder) if named else GenerationConfig.from_model_config(hf_config)
-        )
-        self.end_token_ids = end_token_ids(generation, tokenizer)
         self.llm = interface.start_engine(engine_arguments(config, self.architecture), KEY)
         self.max_model_len = interface.max_model_len(self.llm)
         self.policy_version: int | None = None
@@ -104,12 +93,16 @@ class VllmEngine:
         )
         self.reward_head: RewardHead | None = None
         try:
-            self._check_model()
+            check_model(self.architecture, interface.model_settings(self.llm), "vLLM")
             if config.rollout.stop:
                 self._check_tokenizer()
         except ConfigError:
             self.close()
             raise
+
+    def take_metrics(self) -> dict[str, float]:
+        """See `RolloutEngine`; there is nothing to tell."""
+        return {}
 
     def close(self) -> None:
         interface.stop_engine(self.llm)
@@ -139,7 +132,13 @@ class VllmEngine:
                 deadline.at("waking vLLM for the weights")
                 interface.wake(self.llm, "weights")
             parts, sent = self._parts() if check else [], {}
-            interface.load(self.llm, self._watch(tensors, deadline, _by_name(parts), sent))
+            by_name = _by_name(parts)
+
+            def note(name: str, tensor: torch.Tensor) -> None:
+                sent.update((part, digest(tensor[part.part])) for part in by_name.get(name, ()))
+
+            tied = self.architecture.tied
+            interface.load(self.llm, watch(tensors, self.shapes, tied, deadline, "loading into vLLM", note))
             if self.asleep:
                 deadline.at("waking vLLM for its keys and values")
                 interface.wake(self.llm, "kv_cache")
@@ -155,40 +154,8 @@ class VllmEngine:
     def _parts(self) -> list[interface.Held]:
         """What this rank's worker holds of every tensor."""
         parts = interface.held(self.llm)
-        unknown = sorted(set(self.shapes) - {part.name for part in parts})
-        if unknown:
-            raise SyncError(
-                f"cannot check weights in vLLM: none of its layers is known to hold {', '.join(unknown[:5])}; a model "
-                "of this family may need another version of vLLM"
-            )
+        check_known(self.shapes, (part.name for part in parts))
         return parts
-
-    def _watch(
-        self,
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        deadline: Deadline,
-        parts: dict[str, list[interface.Held]],
-        sent: dict[interface.Held, torch.Tensor],
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors on after checking their names; `sent` gets the checksum of each of the parts."""
-        missing = dict(self.shapes)
-        deadline.at("gathering the trainer's shards")
-        for name, tensor in tensors:
-            if not (name == HEAD and self.architecture.tied):
-                expected = missing.pop(name, None)
-                if expected is None:
-                    problem = "came twice" if name in self.shapes else "does not exist in the rollout model"
-                    raise ValueError(f"weight '{name}' {problem}; check the export's name table")
-                if tuple(tensor.shape) != expected:
-                    raise ValueError(f"weight '{name}' has shape {tuple(tensor.shape)}, vLLM needs {expected}")
-                sent |= {part: digest(tensor[part.part]) for part in parts.get(name, ())}
-                deadline.at("loading into vLLM", name)
-                yield name, tensor
-            deadline.done += 1
-            deadline.at("gathering the trainer's shards", f"after {name}")
-        if missing:
-            raise ValueError(f"{len(missing)} weights of the rollout model did not arrive: {', '.join([*missing][:5])}")
-        deadline.at("finishing the load in vLLM")
 
     def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         """See `RolloutEngine`."""
@@ -206,7 +173,8 @@ class VllmEngine:
             if int(digest(part.read())) != int(sent[part]):
                 wrong.append(part)
         deadline.at("telling the other ranks about checksums")
-        problem = _mismatch(wrong, len(parts), distributed.rank(self.world)) if wrong else None
+        named = [(part.name, part.place) for part in wrong]
+        problem = mismatch(named, len(parts), f"rank {distributed.rank(self.world)}") if wrong else None
         problems = [text for text in distributed.all_gather_objects(problem, self.world) if text]
         if problems:
             raise SyncError("; ".join(problems))
@@ -254,51 +222,13 @@ class VllmEngine:
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """See `RolloutEngine`. All ranks of an engine pass the same requests in the same order."""
         assert self.policy_version is not None, "update_weights must succeed before generate"
-        self._check_lengths(requests, sampling.max_response_tokens)
+        check_lengths(requests, sampling.max_response_tokens, self.max_model_len)
         prompts = [request.token_ids.tolist() for request in requests]
         ends = sorted(self.end_token_ids)
         answers = interface.generate(self.llm, prompts, [seed(request) for request in requests], sampling, ends)
-        for request, prompt, answer in zip(requests, prompts, answers, strict=True):
-            _check_answer(request, prompt, answer)
-        logprobs = [np.array(answer.logprobs, np.float32) for answer in answers]
-        check_finite(logprobs, self.policy_version)
-        scores = self._scores(requests, answers)
-        texts = self.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
-        return [
-            Completion(
-                token_ids=np.array(answer.token_ids, np.int32),
-                text=text,
-                rollout_logprobs=row,
-                finish_reason=answer.finish_reason,
-                policy_version=self.policy_version,
-                hidden_score=score,
-            )
-            for answer, row, text, score in zip(answers, logprobs, texts, scores, strict=True)
-        ]
-
-    def _check_lengths(self, requests: list[Request], max_response_tokens: int) -> None:
-        for request in requests:
-            length = len(request.token_ids)
-            if length == 0:
-                raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
-            if length + max_response_tokens > self.max_model_len:
-                raise ValueError(
-                    f"prompt {request.prompt.id} has {length} tokens; with rollout.max_response_tokens "
-                    f"{max_response_tokens} that exceeds the {self.max_model_len} tokens that vLLM was started for: "
-                    f"raise {KEY}.max_model_len, or lower data.max_prompt_tokens or rollout.max_response_tokens"
-                )
-
-    # ------------------------------------------------------------ what vLLM makes of the folder
-
-    def _check_model(self) -> None:
-        theirs = read_architecture(interface.model_settings(self.llm))
-        for field in dataclasses.fields(Architecture):
-            ours, other = getattr(self.architecture, field.name), getattr(theirs, field.name)
-            require(
-                ours == other,
-                f"vLLM and the trainer do not run the same model: {field.name} is {other} in vLLM and {ours} in the "
-                f"trainer; look for {KEY}.hf_overrides, and for a changed config.json in model.path",
-            )
+        for request, answer in zip(requests, answers, strict=True):
+            check_answer(request, answer)
+        return to_completions(answers, self._scores(requests, answers), self.tokenizer, self.policy_version)
 
     def _check_tokenizer(self) -> None:
         ours, theirs = self.tokenizer.get_vocab(), interface.vocabulary(self.llm)
@@ -310,53 +240,8 @@ class VllmEngine:
         )
 
 
-def engine_arguments(config: RunConfig, model: Architecture) -> dict[str, object]:
-    """What vLLM is started with: this project's defaults, the user's arguments over them, and what is not a choice."""
-    rollout = config.rollout
-    longest = min(config.data.max_prompt_tokens + rollout.max_response_tokens, model.max_positions)
-    defaults: dict[str, object] = {"max_model_len": longest, "enable_prefix_caching": True}
-    if torch.cuda.is_available():
-        defaults["gpu_memory_utilization"] = GPU_SHARE
-    else:
-        defaults |= {"kv_cache_memory_bytes": HOST_CACHE_BYTES, "enforce_eager": True}
-    fixed = {
-        "model": config.model.path,
-        "dtype": config.model.dtype,
-        "trust_remote_code": config.model.trust_remote_code,
-        "skip_tokenizer_init": not rollout.stop,
-        "logprobs_mode": interface.logprobs_mode(rollout),
-        "seed": 0,
-    }
-    return {**defaults, **rollout.vllm, **fixed}
-
-
-def seed(request: Request) -> int:
-    """A request's own number in [0, 2**63), whichever engine serves it and in whichever batch."""
-    key = f"{request.seed}/{request.step}/{request.sample}/{request.prompt.id}"
-    key += f"+{request.offset}" if request.offset else ""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _check_answer(request: Request, prompt: list[int], answer: interface.Answer) -> None:
-    if answer.finish_reason not in ("stop", "length"):
-        raise RolloutError(f"vLLM gave up on prompt {request.prompt.id}: its finish reason is {answer.finish_reason}")
-    if answer.prompt_token_ids != prompt:
-        raise RolloutError(
-            f"vLLM answered other tokens than those of prompt {request.prompt.id}: it has put them through a tokenizer"
-        )
-
-
 def _by_name(parts: list[interface.Held]) -> dict[str, list[interface.Held]]:
     places: dict[str, list[interface.Held]] = {}
     for part in parts:
         places.setdefault(part.name, []).append(part)
     return places
-
-
-def _mismatch(wrong: list[interface.Held], count: int, rank: int) -> str:
-    shown = ", ".join(f"{part.name} (in {part.place})" for part in wrong[:5])
-    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return (
-        f"rank {rank}: {len(wrong)} of {count} tensors are not in vLLM what the trainer sent: {shown}{more}. Few of "
-        "them mean a tensor that was corrupted or not renewed, all of them a sync that did not arrive"
-    )

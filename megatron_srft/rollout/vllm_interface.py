@@ -294,25 +294,29 @@ def generate(
     from vllm.sampling_params import RequestOutputKind
 
     parameters = [
-        SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_response_tokens,
-            seed=seed,
-            stop=list(sampling.stop),
-            stop_token_ids=end_token_ids,
-            include_stop_str_in_output=True,
-            detokenize=bool(sampling.stop),
-            logprobs=0,  # of the sampled token alone
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        SamplingParams(**sampling_arguments(sampling, seed, end_token_ids), output_kind=RequestOutputKind.FINAL_ONLY)
         for seed in seeds
     ]
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     with _random_state_kept():
         outputs = llm.generate(requests, parameters, use_tqdm=False)
     return [_answer(output) for output in outputs]
+
+
+def sampling_arguments(sampling: SamplingConfig, seed: int, end_token_ids: list[int]) -> dict[str, Any]:
+    """Of `vllm.SamplingParams`, for one request; all of it can be written as JSON."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_response_tokens,
+        "seed": seed,
+        "stop": list(sampling.stop),
+        "stop_token_ids": end_token_ids,
+        "include_stop_str_in_output": True,
+        "detokenize": bool(sampling.stop),
+        "logprobs": 0,  # of the sampled token alone
+    }
 
 
 def _answer(output: Any) -> Answer:

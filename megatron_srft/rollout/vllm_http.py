@@ -1,0 +1,177 @@
+"""One `vllm serve` as a rank of the trainer sees it: HTTP to it, and whether it is alive."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_srft.rollout.engine import RolloutError
+
+SHOWN = 300
+"""Characters of a server's own words in a message."""
+
+
+class ServerFailed(RuntimeError):
+    """The server did not do what it was asked; another one may. The message is the reason alone."""
+
+
+class ServerLost(ServerFailed):
+    """Nor will it before the next sync, even if it says that it is well."""
+
+
+class Refused(RolloutError):
+    """The server finds the request itself wrong (a status of 400 to 499); no other one would take it."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Server:
+    """Calls block; any number of threads may call at a time.
+
+    Connections are kept open between calls that may be repeated, which those that sample may: a server closes idle ones
+    when it likes, and a call that finds its connection closed is made again over a new one.
+    """
+
+    def __init__(self, url: str, timeout: float, key: str = ""):
+        """
+        Args:
+            url: http://host:port.
+            timeout: seconds of silence, unless a call says otherwise.
+            key: of `vllm serve --api-key`.
+        """
+        self.url, self.timeout = url, timeout
+        parts = urlsplit(url)
+        self.host, self.port = parts.hostname, parts.port
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.dead: str | None = None
+        """Why it is not used; None while it is."""
+        self.version: str | None = None
+        """Of the weights that it was given last, as its answers must name it."""
+        self.workers = self.max_model_len = 0
+        """As the server says, see `ServerWorkerExtension.srft_settings`."""
+        self.lock = threading.Lock()
+        self.idle: list[http.client.HTTPConnection] = []
+        self.busy: set[http.client.HTTPConnection] = set()
+
+    # ------------------------------------------------------------ calls
+
+    def post(self, path: str, body: Any = None, timeout: float | None = None, *, repeatable: bool = False) -> Any:
+        """The answer's JSON; None when it has none.
+
+        Raises:
+            ServerLost: silence for `timeout` seconds.
+            ServerFailed: no connection, or a status of 500 and above.
+            Refused: a status of 400 to 499.
+        """
+        status, text = self._exchange("POST", path, body, timeout or self.timeout, repeatable)
+        if 400 <= status < 500:
+            raise Refused(status, f"{self.url} refuses {path} with status {status}: {_shown(text)}")
+        if status != 200:
+            raise ServerFailed(f"{path} answers with status {status}: {_shown(text)}")
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise ServerFailed(f"{path} answers no JSON: {_shown(text)}") from None
+
+    def call_workers(self, method: str, arguments: list[Any] | None = None) -> list[Any]:
+        """What the method of `ServerWorkerExtension` returns on each worker; errors as of `post`."""
+        answer = self.post("/collective_rpc", {"method": method, "args": arguments or []})
+        try:
+            return answer["results"]
+        except (KeyError, TypeError):
+            raise ServerFailed(f"/collective_rpc answers {_shown(json.dumps(answer).encode())}") from None
+
+    def check_health(self, timeout: float | None = None) -> None:
+        """Raises ServerFailed when the server does not say that it is well."""
+        status, text = self._exchange("GET", "/health", None, timeout or self.timeout, repeatable=False)
+        if status != 200:
+            raise ServerFailed(f"/health answers with status {status}: {_shown(text)}")
+
+    def _exchange(self, method: str, path: str, body: Any, timeout: float, repeatable: bool) -> tuple[int, bytes]:
+        data = None if body is None else json.dumps(body).encode()
+        kept = self._kept(timeout) if repeatable else None
+        if kept is not None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return self._over(kept, method, path, data, timeout, repeatable)
+        fresh = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        try:
+            fresh.connect()
+            fresh.sock.settimeout(timeout)
+            return self._over(fresh, method, path, data, timeout, repeatable)
+        except TimeoutError:
+            raise ServerLost(f"{path}: no connection within {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerFailed(f"{path}: {error or type(error).__name__}") from None
+
+    def _over(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        data: bytes | None,
+        timeout: float,
+        droppable: bool,
+    ) -> tuple[int, bytes]:
+        """Exchange over this connection, and keep it for the next call if the server does."""
+        with self.lock:
+            if droppable and self.dead is not None:
+                raise ServerFailed(self.dead)
+            self.busy.add(connection)
+        try:
+            connection.request(method, path, data, self.headers)
+            response = connection.getresponse()
+            status, text = response.status, response.read()
+        except TimeoutError:
+            connection.close()
+            raise ServerLost(f"{path}: no answer within {timeout:g} s") from None
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+        finally:
+            with self.lock:
+                self.busy.discard(connection)
+        if connection.sock is not None:  # http.client has closed it when the server asked for that
+            with self.lock:
+                self.idle.append(connection)
+        return status, text
+
+    def _kept(self, timeout: float) -> http.client.HTTPConnection | None:
+        with self.lock:
+            connection = self.idle.pop() if self.idle else None
+        if connection is not None:
+            connection.sock.settimeout(timeout)
+        return connection
+
+    # ------------------------------------------------------------ life and death
+
+    def drop(self, reason: str) -> None:
+        """Use it no more; calls that wait for its answer fail at once, in their own threads."""
+        with self.lock:
+            self.dead = reason
+            for connection in self.busy:
+                if connection.sock is not None:
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+        self.forget_connections()
+
+    def forget_connections(self) -> None:
+        """Close those that nobody uses."""
+        with self.lock:
+            idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.close()
+
+    def own_address(self) -> str:
+        """The address of this machine from which it reaches the server, where the server can reach it too."""
+        with socket.create_connection((self.host, self.port), self.timeout) as probe:
+            return probe.getsockname()[0]
+
+
+def _shown(text: bytes) -> str:
+    words = " ".join(text.decode(errors="replace").split())
+    return words[:SHOWN] + ("..." if len(words) > SHOWN else "") or "(nothing)"
