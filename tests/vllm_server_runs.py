@@ -1,23 +1,40 @@
 """Servers for the tests of the engine on servers, started as a user starts them, and what is done with them."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_models import make_tokenizer
-from vllm_runs import ENGINE, TOKENS, write_run
+from transformers import AutoModelForCausalLM
+from vllm_runs import (
+    ENGINE,
+    TOKENS,
+    largest_difference,
+    logprobs,
+    make_prompts,
+    plain,
+    prepare_process,
+    reference_logprobs,
+    requests_for,
+    write_run,
+)
 
 from megatron_srft import config as configuration
-from megatron_srft.config import RunConfig
+from megatron_srft.config import RunConfig, SamplingConfig
+from megatron_srft.rollout import load_local_engine
 from megatron_srft.rollout.vllm_http import Server, ServerFailed
 from megatron_srft.rollout.vllm_server import VllmServerEngine
+from megatron_srft.train import train
 from megatron_srft.weights.folder import HfFolder
 
 START_SECONDS = 600
@@ -41,9 +58,11 @@ class Served:
         line = [sys.executable, "-m", "megatron_srft.cli", "serve", str(self.config), "--port", str(self.port)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [*line, *self.overrides], stdout=log, stderr=log, env=environment, start_new_session=True
             )
+        self.group = process.pid
+        """Of the processes of this server; survives pickling, unlike the process."""
 
     def wait(self) -> "Served":
         deadline = time.monotonic() + START_SECONDS
@@ -52,18 +71,17 @@ class Served:
                 Server(self.url, 5.0).check_health()
                 return self
             except ServerFailed:
-                assert self.process.poll() is None, self.log.read_text()[-3000:]
-                assert time.monotonic() < deadline, "the server does not start"
+                assert time.monotonic() < deadline, self.log.read_text()[-3000:]
                 time.sleep(0.5)
 
     def signal(self, number: int) -> None:
         """To the whole server: its API process and its engine."""
-        os.killpg(self.process.pid, number)
+        os.killpg(self.group, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+        """Whether or not it is running."""
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
 
 
 def write_server_run(folder: Path, ports: list[int], **settings: Any) -> Path:
@@ -88,8 +106,89 @@ def weights_of(config: RunConfig, factor: float = 1.0) -> list[tuple[str, torch.
     return [(name, folder.tensor(name) * factor) for name in folder.shapes()]
 
 
-def load(path: Path) -> RunConfig:
-    return configuration.load(path)
+# ---------------------------------------------------------------- what the tests find out in one go
 
 
-__all__ = ["TOKENS", "Served", "engine_for", "free_port", "load", "weights_of", "write_server_run"]
+def first_answers(engine: VllmServerEngine, config: RunConfig) -> dict[str, Any]:
+    """Completions beside those of transformers and the local engine."""
+    requests = requests_for(make_prompts())
+    reference = AutoModelForCausalLM.from_pretrained(config.model.path)
+    local = load_local_engine(config.model, engine.tokenizer, torch.device("cpu"), 64)
+    greedy = SamplingConfig(max_response_tokens=TOKENS, temperature=0.0)
+    found = {
+        "plain": engine.generate(requests, config.rollout),
+        "cut": engine.generate(requests, SamplingConfig(max_response_tokens=TOKENS, top_p=0.8, top_k=30)),
+        "greedy": engine.generate(requests, greedy),
+    }
+    differences = {
+        name: largest_difference(logprobs(done), reference_logprobs(reference, requests, done, 1.0))
+        for name, done in found.items()
+    }
+    stopping = replace(greedy, stop=("no such", found["greedy"][9].text[5:7]))
+    return {
+        **{name: plain(done) for name, done in found.items()},
+        "differences": differences,
+        "local greedy": plain(local.generate(requests, greedy)),
+        "stopped": plain(engine.generate(requests, stopping)),
+        "local stopped": plain(local.generate(requests, stopping)),
+    }
+
+
+@contextlib.contextmanager
+def after_answers(engine: VllmServerEngine, served: Served, count: int, action: Callable[[], None]) -> Iterator[None]:
+    """Act when this server has given its count-th answer, while it has others to give."""
+    ask, left, lock = engine._ask, iter(range(count - 1)), threading.Lock()
+
+    def asking(server: Server, *arguments: Any) -> Any:
+        answer = ask(server, *arguments)
+        with lock:
+            if server.url == served.url and next(left, None) is None and engine.servers[0].dead is None:
+                action()
+        return answer
+
+    engine._ask = asking
+    try:
+        yield
+    finally:
+        engine._ask = ask
+
+
+def acting(weights: list[tuple[str, torch.Tensor]], number: int, action: Callable[[], None]) -> Iterator:
+    """The weights; the action comes before one of them."""
+    for i, pair in enumerate(weights):
+        if i == number:
+            action()
+        yield pair
+
+
+def train_on_servers(path: Path, doomed: Served | None) -> None:
+    """Train to the end. Rank 0 kills the server in the midst of step 1, and starts it anew before step 3."""
+    prepare_process()
+    from megatron_srft.session import Session
+    from megatron_srft.trainer import parallel
+
+    config = configuration.load(path)
+    groups = parallel.start(config.parallel, config.seed)
+    with Session(config, groups) as run:
+        if doomed is not None and groups.world.rank() == 0:
+            _disturb(run, doomed)
+        train(run)
+    parallel.stop()
+
+
+def _disturb(run: Any, doomed: Served) -> None:
+    draw, generate = run.next_prompts, run.engine.generate
+
+    def next_prompts() -> list:
+        if run.step == 3:
+            doomed.start()
+            doomed.wait()
+        return draw()
+
+    def generating(requests: list, sampling: Any) -> list:
+        if run.step != 1:
+            return generate(requests, sampling)
+        with after_answers(run.engine, doomed, 1, lambda: os.killpg(doomed.group, signal.SIGKILL)):
+            return generate(requests, sampling)
+
+    run.next_prompts, run.engine.generate = next_prompts, generating

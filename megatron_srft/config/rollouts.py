@@ -215,6 +215,14 @@ class VllmServerRolloutConfig(SamplingConfig):
     vllm: dict[str, Any] = field(default_factory=dict)
     """Native engine arguments of vLLM that `megatron-srft serve` starts a server with, as of `kind: vllm`."""
 
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample the next step's completions while this step trains, with the weights before its update. They are then
+    one step old, which parity.correction or parity.old_logprobs must correct."""
+
+    partial: PartialConfig | None = None
+    """Let long completions go on in later steps. They are then of several policies, which parity.correction or
+    parity.old_logprobs must correct."""
+
     dump_every: int = 0
     """Write every Nth step's rollouts to runs/<name>/rollouts/; 0 never."""
 

@@ -73,8 +73,9 @@ def check_port(host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
     except OSError as error:
+        reason = error.strerror.partition(" (while")[0]  # what Python adds says host and port again
         raise ConfigError(
-            f"a server cannot listen on {host}:{port} ({error.strerror}); end what listens there, or choose another "
+            f"a server cannot listen on {host}:{port} ({reason}); end what listens there, or choose another "
             "--port or --host"
         ) from None
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from megatron_srft.config import ConfigError
+from megatron_srft.rollout.background import Call
 from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.rollout.vllm_common import mismatch
-from megatron_srft.rollout.vllm_http import Server, ServerFailed
-from megatron_srft.rollout.vllm_wire import Bucket, Outlet, WireError
+from megatron_srft.rollout.vllm_http import Server, ServerFailed, ServerLost
+from megatron_srft.rollout.vllm_nccl import NcclGroup
+from megatron_srft.rollout.vllm_wire import Outlet, WireError
 
 EXPECTED = (ServerFailed, RolloutError, WireError, ConfigError, OSError)
 """What ends a server's part in the sync; anything else is a bug of ours, and ends the run."""
@@ -23,16 +25,27 @@ STEP_SECONDS = 0.2
 class Feed:
     """Prepares the server at once; then it takes buckets, and `join` says how it went."""
 
-    def __init__(self, server: Server, admit: Callable[[Server], None], label: str, *, check: bool, patience: float):
+    def __init__(
+        self,
+        server: Server,
+        admit: Callable[[Server], None],
+        label: str,
+        *,
+        check: bool,
+        patience: float,
+        nccl: bool = False,
+    ):
         """
         Args:
             admit: raises when the server cannot be used, or serves another model.
             label: version of the weights.
             check: get checksums of what the server holds.
             patience: seconds that the server waits for the trainer's next tensor.
+            nccl: buckets are those of vllm_nccl.py.
         """
         self.server, self.admit, self.label = server, admit, label
-        self.check, self.patience = check, patience
+        self.check, self.patience, self.nccl = check, patience, nccl
+        self.device = torch.cuda.current_device() if nccl else None
         self.problem: str | None = None
         """Why the server does not have the weights."""
         self.bug: BaseException | None = None
@@ -43,13 +56,16 @@ class Feed:
         self.ready = threading.Event()
         """Set when the server is prepared, or has failed."""
         self.over = threading.Event()
-        self.queue: queue.Queue[Bucket | int] = queue.Queue(maxsize=1)
+        self.queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         threading.Thread(target=self._run, daemon=True).start()
 
     # ------------------------------------------------------------ the thread that has the weights
 
-    def put(self, item: Bucket | int) -> None:
-        """Hand over a bucket, or at the end the number of tensors; waits while the server has one to take."""
+    def put(self, item: Any) -> None:
+        """Hand over a bucket, or at the end the number of tensors; waits while the server has one to take.
+
+        So there are three at a time: one that is filled, one here, and one on its way.
+        """
         while not self.over.is_set():
             try:
                 return self.queue.put(item, timeout=STEP_SECONDS)
@@ -77,6 +93,7 @@ class Feed:
             self._finish()
         except EXPECTED as error:
             self.problem = self.problem or str(error)
+            self.server.close_group()
         except BaseException as error:
             self.problem, self.bug = f"{type(error).__name__}: {error}", error
         finally:
@@ -94,10 +111,24 @@ class Feed:
         self.server.post("/start_weight_update")
 
     def _transfer(self) -> None:
+        if self.nccl:
+            self._transfer_by_nccl()
+        else:
+            self._transfer_by_tcp()
+
+    def _transfer_by_nccl(self) -> None:
+        torch.cuda.set_device(self.device)  # every thread begins with the first
+        if self.server.dead is not None:
+            self.server.close_group()
+        group = self.server.group or NcclGroup(self.server)
+        self.server.group = group
+        while not isinstance(item := self._next(), int):
+            group.send(item, self.server.timeout)
+
+    def _transfer_by_tcp(self) -> None:
         outlet = Outlet(self.server.own_address(), self.server.workers, self.server.timeout)
-        taken = _Call(
-            lambda: self.server.post("/update_weights", {"update_info": self._invitation(outlet)}, 2 * self.patience)
-        )
+        invitation = {**outlet.invitation, "timeout": self.patience}
+        taken = Call(lambda: self.server.post("/update_weights", {"update_info": invitation}, 2 * self.patience))
         try:
             try:
                 outlet.accept(given_up=lambda: taken.over.is_set() or self.over.is_set())
@@ -105,19 +136,16 @@ class Feed:
                     outlet.send(item)
                 outlet.end(item)
             except WireError:
-                if taken.over.wait(STEP_SECONDS):
+                if taken.over.wait(STEP_SECONDS) and taken.failed:
                     taken.result()  # the server's own words say more
                 raise
             if not taken.over.wait(self.server.timeout):
-                raise ServerFailed(f"has not taken the weights {self.server.timeout:g} s after the last one was sent")
+                raise ServerLost(f"it has not taken the weights {self.server.timeout:g} s after the last one was sent")
             taken.result()
         finally:
             outlet.close()
 
-    def _invitation(self, outlet: Outlet) -> dict[str, Any]:
-        return {**outlet.invitation, "timeout": self.patience}
-
-    def _next(self) -> Bucket | int:
+    def _next(self) -> Any:
         while True:
             try:
                 return self.queue.get(timeout=STEP_SECONDS)
@@ -161,23 +189,3 @@ def compare(feed: Feed, sent: dict[Part, torch.Tensor]) -> str | None:
         if int(sent[part_key(part)]) != found
     ]
     return mismatch(wrong, sum(map(len, feed.parts)), feed.server.url) if wrong else None
-
-
-class _Call(threading.Thread):
-    """A call in the background."""
-
-    def __init__(self, call: Callable[[], Any]):
-        super().__init__(daemon=True)
-        self.call, self.error, self.over = call, None, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.call()
-        except BaseException as error:
-            self.error = error
-        self.over.set()
-
-    def result(self) -> None:
-        if self.error is not None:
-            raise self.error

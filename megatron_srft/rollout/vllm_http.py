@@ -54,6 +54,8 @@ class Server:
         """Of the weights that it was given last, as its answers must name it."""
         self.workers = self.max_model_len = 0
         """As the server says, see `ServerWorkerExtension.srft_settings`."""
+        self.group: Any = None
+        """The NCCL group with it, where weights travel so and this rank feeds it; see vllm_nccl.py."""
         self.lock = threading.Lock()
         self.idle: list[http.client.HTTPConnection] = []
         self.busy: set[http.client.HTTPConnection] = set()
@@ -165,6 +167,11 @@ class Server:
             idle, self.idle = self.idle, []
         for connection in idle:
             connection.close()
+
+    def close_group(self) -> None:
+        if self.group is not None:
+            self.group.close()
+            self.group = None
 
     def own_address(self) -> str:
         """The address of this machine from which it reaches the server, where the server can reach it too."""

@@ -115,10 +115,11 @@ CONTRACT: dict[str, tuple[str, ...]] = {
 """What is called of vLLM, and with which arguments by name."""
 
 
-def broken_contract() -> list[str]:
-    """What of CONTRACT the installed vLLM does not have; imports vllm, starts nothing."""
+def broken_contract(contract: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+    """What of it (default: CONTRACT) the installed vLLM does not have; imports vllm, starts nothing."""
     set_environment()
-    return [problem for name, arguments in CONTRACT.items() for problem in _missing(name, arguments)]
+    entries = (CONTRACT if contract is None else contract).items()
+    return [problem for name, arguments in entries for problem in _missing(name, arguments)]
 
 
 def _missing(name: str, arguments: tuple[str, ...]) -> list[str]:

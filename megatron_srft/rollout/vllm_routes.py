@@ -57,6 +57,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.serve.dev.rpc.api_router.collective_rpc": (),
     "vllm.distributed.weight_transfer.factory.WeightTransferEngineFactory.register_engine": (),
     "vllm.distributed.weight_transfer.base.WeightTransferEngine.parse_update_info": (),
+    "vllm.distributed.weight_transfer.nccl_common.trainer_init": ("init_info",),
+    "vllm.distributed.weight_transfer.nccl_common.NCCLWeightTransferInitInfo": (
+        *("master_address", "master_port", "rank_offset", "world_size", "packed"),
+    ),
+    "vllm.distributed.weight_transfer.nccl_engine.NCCLWeightTransferUpdateInfo": ("names", "dtype_names", "shapes"),
+    "vllm.distributed.device_communicators.pynccl.PyNcclCommunicator.broadcast": ("tensor", "src"),
+    "vllm.distributed.device_communicators.pynccl.PyNcclCommunicator.destroy": (),
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": (),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": (),
     "vllm.model_executor.model_loader.reload.layerwise.get_layerwise_info": (),

@@ -40,6 +40,7 @@ from megatron_srft.rollout.vllm_common import (
 )
 from megatron_srft.rollout.vllm_feed import Feed, Part, compare, part_key, slices
 from megatron_srft.rollout.vllm_http import Server, ServerFailed, ServerLost
+from megatron_srft.rollout.vllm_nccl import device_buckets
 from megatron_srft.rollout.vllm_wire import buckets
 from megatron_srft.sample import Completion
 from megatron_srft.weights.architecture import read_architecture
@@ -86,6 +87,7 @@ class VllmServerEngine:
         self.servers = [Server(url, self.settings.server_timeout, key) for url in self.settings.servers]
         self.run = distributed.broadcast_object(secrets.token_hex(8), world)
         """Tells this run's weights from those of others."""
+        self.nccl = self.settings.transfer_engine == routes.NCCL
         self.policy_version: int | None = None
         self.syncs = self.resent = 0
         self.dropped: set[str] = set()
@@ -100,6 +102,7 @@ class VllmServerEngine:
         """The servers go on, for whoever started them."""
         for server in self.servers:
             server.forget_connections()
+            server.close_group()
 
     # ------------------------------------------------------------ servers
 
@@ -151,7 +154,8 @@ class VllmServerEngine:
         patience = self.settings.sync_timeout
         with Deadline(patience, work, distributed.rank(self.world), remedy) as deadline:
             deadline.at("preparing servers")
-            feeds = [Feed(s, self.admission.admit, label, check=check, patience=patience) for s in self._own()]
+            options = {"check": check, "patience": patience, "nccl": self.nccl}
+            feeds = [Feed(server, self.admission.admit, label, **options) for server in self._own()]
             sent = self._send(tensors, feeds, deadline)
             deadline.at("telling the other ranks about servers")
             wrong = [text for feed in feeds if (text := compare(feed, sent))]
@@ -182,7 +186,8 @@ class VllmServerEngine:
 
         stream = watch(tensors, self.shapes, self.architecture.tied, deadline, "handing on to servers", note)
         try:
-            for bucket in buckets(stream, self.settings.bucket_bytes):
+            cut = device_buckets if self.nccl else buckets
+            for bucket in cut(stream, self.settings.bucket_bytes):
                 for feed in feeds:
                     feed.put(bucket)
         except BaseException as error:

@@ -1,19 +1,24 @@
 """The engine on servers against servers that speak vLLM's routes without vLLM: what is sent where, and every fault that
 needs no real one. tests/rollout/vllm/test_server.py does the rest with real servers."""
 
+import socket
 import threading
 import time
+import weakref
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from vllm_endpoint import Endpoint, expected_tokens, same
 
+from megatron_srft import cli
 from megatron_srft.config import ConfigError, DataConfig, ModelConfig, RunConfig, SamplingConfig, from_dict
 from megatron_srft.config.rollouts import VllmServerRolloutConfig
-from megatron_srft.rollout import Request, build_engine, vllm_server
+from megatron_srft.rollout import Request, build_engine, serve, vllm_server, vllm_wire
 from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.rollout.vllm_common import SyncError, seed
 from megatron_srft.sample import Prompt
@@ -159,6 +164,26 @@ def test_sync_calls_come_in_vllms_order(model, weights, endpoints):
         "/reset_prefix_cache",
         "/resume",
     ]
+
+
+def test_three_buckets_are_held_however_long_servers_take_and_many_they_are(model, weights, endpoints, monkeypatch):
+    made, held = weakref.WeakSet(), []
+    empty, total = vllm_wire._empty, sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
+
+    def counted(limit):
+        made.add(bucket := empty(limit))
+        held.append(len(made))
+        return bucket
+
+    monkeypatch.setattr(vllm_wire, "_empty", counted)
+    servers = endpoints(3)
+    take = servers[1].take_weights
+    servers[1].take_weights = lambda info: (time.sleep(1), take(info))
+    engine = make_engine(model, servers, bucket_bytes=2048)
+    engine.update_weights(weights.items(), 0)
+    assert all(same(server.weights, weights) for server in servers)
+    assert len(held) == -(-total // 2048) > 30
+    assert max(held) <= 3
 
 
 def test_unlike_names_tensors_and_servers(model, weights, endpoints):
@@ -335,6 +360,42 @@ def test_weights_that_are_missing_are_named_and_nothing_hangs(model, weights, en
         engine.update_weights(list(weights.items())[1:], 0)
 
 
+# ---------------------------------------------------------------- two ranks
+
+
+def two_ranks(model, urls):
+    """Two syncs, of which one server does not survive the first, and each rank's own requests in between."""
+    dist.init_process_group("gloo")
+    rank, folder = dist.get_rank(), HfFolder(model)
+    rollout = VllmServerRolloutConfig(servers=tuple(urls), max_response_tokens=6, max_concurrent_requests=3)
+    config = RunConfig(model=ModelConfig(path=str(model), dtype="float32"), data=DataConfig(), rollout=rollout)
+    engine = build_engine(config, make_tokenizer(), torch.device("cpu"), dist.group.WORLD)
+    found = {"fed": [server.url for server in engine._own()]}
+    engine.update_weights(((name, folder.tensor(name)) for name in folder.shapes()), 0)
+    found["dead"] = [server.url for server in engine.servers if server.dead]
+    share = requests_for(prompts=8)[rank::2]
+    found["right"] = tokens(engine.generate(share, SAMPLING)) == expected(share)
+    found["metrics"] = engine.take_metrics()
+    found["versions"] = {server.version for server in engine.live}
+    dist.destroy_process_group()
+    return found
+
+
+def test_ranks_feed_different_servers_and_agree_on_which_are_left(model, weights, endpoints):
+    servers = endpoints(3)
+    servers[1].on_update = lambda endpoint: endpoint.kill()
+    first, second = spawn(2, two_ranks, model, [server.url for server in servers])
+    assert first["fed"] == [servers[0].url, servers[2].url] and second["fed"] == [servers[1].url]
+    assert first["dead"] == second["dead"] == [servers[1].url]
+    assert first["right"] and second["right"]
+    assert answered(*servers).total() == 32
+    assert max(server.most_busy for server in servers) <= 2, "3 at a time are 1 of each rank"
+    assert first["metrics"] == second["metrics"] == {
+        "count/servers": 2, "count/servers_dropped": 1, "count/requests_resent": 0,
+    }  # fmt: skip
+    assert first["versions"] == second["versions"] and len(first["versions"]) == 1
+
+
 # ---------------------------------------------------------------- the start
 
 
@@ -375,6 +436,40 @@ def test_something_else_at_the_address_is_told(model, endpoints):
     server.answer = lambda path, body: {"detail": "Not Found"}
     with pytest.raises(ConfigError, match="has `megatron-srft serve` of this version started it"):
         make_engine(model, [server])
+
+
+# ---------------------------------------------------------------- megatron-srft serve
+
+
+def test_a_port_in_use_is_one_sentence(model, tmp_path, capfd):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {{path: {model}}}\nrollout: {{kind: vllm_server, servers: ['http://127.0.0.1:1']}}\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(config), "--port", str(port)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: a server cannot listen on 127.0.0.1:{port} (Address already in use)")
+    assert error.count("\n") == 1
+
+
+def test_another_kind_is_refused(model):
+    with pytest.raises(ConfigError, match="needs rollout.kind vllm_server, not local"):
+        serve.command(RunConfig(model=ModelConfig(path=str(model))), "127.0.0.1", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flags"),
+    [
+        ("max_model_len", 40, ["--max-model-len", "40"]),
+        ("enforce_eager", True, ["--enforce-eager"]),
+        ("enable_prefix_caching", False, ["--no-enable-prefix-caching"]),
+        ("hf_overrides", {"a": {"b": 1}}, ["--hf-overrides", '{"a": {"b": 1}}']),
+        ("limit", None, []),
+        ("cudagraph_sizes", [1, 2], ["--cudagraph-sizes", "1", "2"]),
+    ],
+)
+def test_native_arguments_become_flags(name, value, flags):
+    assert serve.flag(name, value) == flags
 
 
 # ---------------------------------------------------------------- the config

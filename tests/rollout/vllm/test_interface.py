@@ -1,6 +1,12 @@
 """The installed vLLM against what rollout/vllm_interface.py takes it for. The behaviour is in test_engine.py."""
 
+from vllm_server_runs import write_server_run
+
+from megatron_srft import config as configuration
+from megatron_srft.rollout import serve, vllm_routes
 from megatron_srft.rollout import vllm_interface as interface
+
+NATIVE = {"max_num_seqs": 12, "enable_prefix_caching": False, "hf_overrides": {"rope_theta": 5.0}}
 
 
 def test_the_installed_version_is_one_of_the_supported():
@@ -15,3 +21,33 @@ def test_what_is_missing_would_be_named(monkeypatch):
     broken = {"vllm.LLM.sing": (), "vllm.SamplingParams": ("seed", "mood"), "vllm.v9.engine.Engine": ()}
     monkeypatch.setattr(interface, "CONTRACT", broken)
     assert interface.broken_contract() == ["vllm.LLM.sing", "vllm.SamplingParams(mood=)", "vllm.v9.engine.Engine"]
+
+
+def test_servers_have_what_the_engine_on_servers_uses():
+    assert interface.broken_contract(vllm_routes.CONTRACT) == []
+
+
+def test_vllm_understands_the_servers_command_line(tmp_path):
+    """With vLLM's own parser: what it makes of it is what was meant."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    config = configuration.load(write_server_run(tmp_path, [8123], rollout={"stop": ["#"], "vllm": NATIVE}))
+    line = serve.command(config, "127.0.0.1", 8123)
+    assert line[1:3] == ["-m", vllm_routes.MODULE]
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(line[3:])
+    wanted = {
+        "model": config.model.path,
+        "host": "127.0.0.1",
+        "port": 8123,
+        "dtype": "float32",
+        "max_model_len": 16 + 24,
+        "skip_tokenizer_init": False,
+        "generation_config": "vllm",
+        "load_format": "dummy",
+        "worker_extension_cls": vllm_routes.EXTENSION,
+        "enable_scale_out": True,
+        **NATIVE,
+    }
+    assert {name: getattr(parsed, name) for name in wanted} == wanted
+    assert parsed.weight_transfer_config["backend"] == "srft_tcp"
