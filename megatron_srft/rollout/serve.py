@@ -18,6 +18,9 @@ from megatron_srft.weights.architecture import read_architecture
 SERVER_GPU_SHARE = 0.9
 """Of a GPU's memory: the server has it to itself."""
 
+QUIET = ("--disable-uvicorn-access-log",)
+"""Otherwise every completion is a line."""
+
 
 def command(config: RunConfig, host: str, port: int) -> list[str]:
     """The server as a command line.
@@ -41,7 +44,18 @@ def command(config: RunConfig, host: str, port: int) -> list[str]:
         "weight_transfer_config": {"backend": rollout.transfer_engine},
     }
     flags = [part for name, value in arguments.items() for part in flag(name, value)]
-    return [sys.executable, "-m", routes.MODULE, "--host", host, "--port", str(port), "--enable-scale-out", *flags]
+    return [
+        sys.executable,
+        "-m",
+        routes.MODULE,
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--enable-scale-out",
+        *QUIET,
+        *flags,
+    ]
 
 
 def flag(name: str, value: Any) -> list[str]:

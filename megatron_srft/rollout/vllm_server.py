@@ -294,6 +294,8 @@ class VllmServerEngine:
 
     def _check_versions(self, server: Server, versions: list[str]) -> None:
         """Raises ServerLost when the server has lost its weights, RolloutError when another run has changed them."""
+        if not versions:
+            raise ServerLost("its answer does not say which weights it was sampled with")
         for version in versions:
             if version == routes.FRESH:
                 raise ServerLost("it was started anew, and has no weights until the next sync")
