@@ -98,6 +98,10 @@ class VllmServerEngine:
     def live(self) -> list[Server]:
         return [server for server in self.servers if server.dead is None]
 
+    def rest(self) -> bool:
+        """Nothing: no memory of the trainer's machines is taken."""
+        return False
+
     def close(self) -> None:
         """The servers go on, for whoever started them."""
         for server in self.servers:
