@@ -5,7 +5,6 @@ several; they run the command's `main` with its own arguments, standard streams 
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,11 +15,9 @@ from typing import Any
 
 import torch
 import yaml
-from spawning import _free_port
+from spawning import FORKS, _free_port
 from tiny_models import make_model
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megatron_srft.train", "transformers.models.qwen2.modeling_qwen2"])
 TIMEOUT_SECONDS = 120
 
 

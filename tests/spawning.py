@@ -16,6 +16,10 @@ import pytest
 
 TIMEOUT_SECONDS = 300
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["megatron_srft.train", "transformers.models.qwen2.modeling_qwen2"])
+"""Processes are forked from one that has imported everything and started nothing; an import takes seconds."""
+
 
 def spawn(world_size: int, function: Callable, *args: Any) -> list[Any]:
     """Call `function(*args)` in `world_size` new processes and return the results in rank order.
@@ -24,12 +28,11 @@ def spawn(world_size: int, function: Callable, *args: Any) -> list[Any]:
     them. `function` is a module-level function of a test file; arguments and results must be picklable without it.
     The first failing rank's traceback fails the test.
     """
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    reports = FORKS.Queue()
     where = (inspect.getfile(function), function.__qualname__)
     port = _free_port()
     processes = [
-        context.Process(target=_run, args=(rank, world_size, port, where, args, reports), daemon=True)
+        FORKS.Process(target=_run, args=(rank, world_size, port, where, args, reports), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
