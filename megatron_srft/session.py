@@ -4,39 +4,31 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from megatron_srft import config as configuration
 from megatron_srft import hidden_stream
 from megatron_srft.advantages import group_statistics, to_sequences
-from megatron_srft.ahead import RolloutsAhead
 from megatron_srft.analysis.report import write_report
 from megatron_srft.analysis.samples import log_samples
 from megatron_srft.config import RunConfig
-from megatron_srft.data import choose_demonstration
 from megatron_srft.distributed import ProcessGroups, all_reduce, is_main, size
 from megatron_srft.dynamic_sampling import refill
 from megatron_srft.evaluate import evaluate
 from megatron_srft.guards import RunStopped, StopRequest, find_problem
 from megatron_srft.metrics import MetricSink, NullSink, Timer
 from megatron_srft.parity_gate import ParityGate
-from megatron_srft.parity_probe import investigate, sample_afresh
+from megatron_srft.parity_probe import investigate
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
 from megatron_srft.rollout import (
-    InFlight,
-    RolloutEngine,
-    Share,
-    assemble,
-    build_engine,
     check_engine,
-    deal,
     dump,
     load_tokenizer,
 )
 from megatron_srft.routing import Router
 from megatron_srft.sample import Group, Prompt, TrainingSequence
+from megatron_srft.sampler import Sampler
 from megatron_srft.saves import Saves
 from megatron_srft.stage_data import read_stage_data
 from megatron_srft.stages import Stage, stage_of, stages_of
@@ -100,18 +92,13 @@ class Session:
         self.router.restore(arrays)
         self.data.prompts(self.router.waiting)
         self.hidden_stream.begin(self.config, arrays)
-        self.ahead = RolloutsAhead(groups.world)
-        self.ahead.restore(arrays, self.saves.folder)
-        self.in_flight = self._new_in_flight()
-        self.in_flight.restore(arrays, self.saves.folder)
-        self.engine = self._build_engine()
-        self.synced_version: int | None = None
-        self.staleness = 0
+        self.timer = Timer()
+        self.sampler = Sampler(self.config, self.tokenizer, self.trainer, groups.world, self.timer)
+        self.sampler.restore(arrays, self.saves.folder)
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}
         self.routing: dict[str, float] = {}
         self.sink = self._open_sink(config)
-        self.timer = Timer()
         self.parity = ParityGate(self.timer)
         self.stop = StopRequest()
 
@@ -132,12 +119,7 @@ class Session:
             self.trainer.begin_stage(self.config, self.config.steps)
             self.hidden_stream.begin_stage(self.config)
             self.old_policy, self.router = OldPolicy(self.config), Router(self.config.objective)
-            if is_main() and self.in_flight.flights:
-                log.warning("%d prompts in flight at the end of the stage are dropped", len(self.in_flight.flights))
-            self.in_flight = self._new_in_flight()
-            if self.config.rollout != before.rollout:
-                self.engine.close()  # two engines at a time could be too many
-                self.engine, self.synced_version = self._build_engine(), None
+            self.sampler.begin_stage(self.config)
         for remark in (*remarks(self.config), *hidden_stream.remarks(self.config)) if is_main() else ():
             log.warning("stage %s: %s", stage.name, remark)
         self._guard()
@@ -149,15 +131,8 @@ class Session:
             yield self.stage_step
 
     def next_prompts(self) -> list[Prompt]:
-        """The prompts that this step takes up."""
         self.batches_drawn += 1
-        count, partial = self.config.batch.prompts_per_step, self.config.partial
-        if partial is None:
-            return self.data.stream.batch(self.batches_drawn - 1, count)
-        # The extra ones are taken up in a stage's first step, and from then on there are always as many.
-        first, last = (self.batches_drawn - 1) * count, self.batches_drawn * count + partial.extra_prompts
-        begin = first + (partial.extra_prompts if self.in_flight.flights else 0)
-        return self.data.stream.stretch(begin, last - begin)
+        return self.sampler.prompts(self.data.stream, self.batches_drawn - 1)
 
     def roll_out(self, prompts: list[Prompt], sampled: Sequence[Prompt] = ()) -> list[Group]:
         """Sample completions with the current weights and attach each prompt's demonstration of this step.
@@ -167,17 +142,9 @@ class Session:
         """
         if not self.stage.samples_rollouts:
             return self.data.demonstrated(prompts, self.step)
-        with self.timer("generate"):
-            groups = self.ahead.take(prompts)
-        self._sync()
-        if groups is None:
-            with self.timer("generate"):
-                groups = self._sample(prompts, sampled)
-        if self.config.steps_ahead and self.stage_step + 1 < self.config.steps:
-            upcoming = self.data.stream.batch(self.batches_drawn, self.config.batch.prompts_per_step)
-            self.ahead.launch(self.engine, self._share(upcoming, self.step + 1), self.config.rollout)
-        self.staleness = max(self.trainer.policy_version - c.policy_version for g in groups for c in g.completions)
-        return groups
+        ahead = self.config.steps_ahead and self.stage_step + 1 < self.config.steps
+        upcoming = self.sampler.prompts(self.data.stream, self.batches_drawn) if ahead else None
+        return self.sampler.sample(prompts, self.step, sampled, upcoming)
 
     def score(self, groups: list[Group]) -> list[Group]:
         """Verify every answer; each rank takes its share. SFT needs no scores."""
@@ -210,13 +177,16 @@ class Session:
         self.trainer.refresh_reference(stage_step)
 
         def findings() -> tuple[str, ...]:
-            return investigate(self.engine, self.trainer, sequences, self.config, self.groups.world)
+            return investigate(self.sampler.engine, self.trainer, sequences, self.config, self.groups.world)
 
-        measured = self.parity.check(
-            sequences, self.config, self.step, self.trainer.measure, findings, self._afresh if self.staleness else None
-        )
-        if self.stage.samples_rollouts and not self.config.steps_ahead and self.engine.rest():
-            self.synced_version = None
+        def afresh() -> list[TrainingSequence]:
+            count = self.config.batch.prompts_per_step
+            return self.sampler.afresh(self.data.stream.batch(self.batches_drawn - 1, count))
+
+        others = afresh if self.sampler.staleness else None
+        measured = self.parity.check(sequences, self.config, self.step, self.trainer.measure, findings, others)
+        if self.stage.samples_rollouts:
+            self.sampler.rest()
         sequences = self._add_old_policy(sequences, stage_step)
         with self.timer("measure"):
             return self.trainer.prepare(sequences, measured)
@@ -243,8 +213,7 @@ class Session:
         """Log the step, evaluate where that is due, guard its figures, and save and export where that is due."""
         hidden = self.hidden_stream.end_step(self.stage_step, self.timer)
         metrics = {**metrics, **group_statistics(groups), **self.parity.take(), **self.accounting}
-        metrics |= {**self.sampling, **self.routing, **hidden, **self.ahead.metrics(), **self.in_flight.metrics()}
-        metrics |= self.engine.take_metrics()
+        metrics |= {**self.sampling, **self.routing, **hidden, **self.sampler.metrics()}
         self.accounting, self.sampling, self.routing = Counter(), {}, {}
         seconds = self.timer.take()
         metrics |= {"ranks": size(self.groups.world), **seconds}
@@ -308,46 +277,14 @@ class Session:
         with self.timer("refresh"):
             return self.old_policy.attach(sequences, stage_step, self.trainer.measure, upcoming)
 
-    def _sample(self, prompts: list[Prompt], sampled: Sequence[Prompt]) -> list[Group]:
-        """Groups of these prompts; with partial rollouts those in flight that are finished."""
-        config, share = self.config, self._share(prompts, self.step, sampled)
-        if config.partial is None:
-            completions = self.engine.generate(share.requests, config.rollout) if share.requests else []
-            return assemble(share, completions, self.groups.world)
-        self.in_flight.begin(prompts, share.demonstrations, config.batch.rollouts_per_prompt, self.step)
-        return self.in_flight.advance(
-            self.engine, config.rollout, config.seed, self.step, config.batch.prompts_per_step
-        )
-
-    def _share(self, prompts: list[Prompt], step: int, sampled: Sequence[Prompt] = ()) -> Share:
-        """This rank's part of sampling for these prompts, each with its demonstration of the step."""
-        config, shown = self.config, self.config.uses_demonstrations
-        demonstrations = [choose_demonstration(p, config.seed, step) if shown else None for p in prompts]
-        n = config.batch.rollouts_per_prompt
-        return deal(self.engine, prompts, demonstrations, n, config.seed, step, self.groups.world, sampled=sampled)
-
-    def _afresh(self) -> list[TrainingSequence]:
-        """A few completions of the current weights, for the parity gate."""
-        self.ahead.settle()
-        prompts = self.data.stream.batch(self.batches_drawn - 1, self.config.batch.prompts_per_step)
-        return sample_afresh(self.engine, prompts, self.config.rollout, self.config.seed, self.groups.world)
-
-    def _sync(self) -> None:
-        """Give the engine the current weights, if it does not hold them."""
-        self.ahead.settle()
-        if self.synced_version != self.trainer.policy_version:
-            with self.timer("sync"):
-                self.engine.update_weights(self.trainer.hf_weights(), self.trainer.policy_version)
-            self.synced_version = self.trainer.policy_version
-
     def _evaluate(self) -> None:
         if not self.data.held_out:
             return
-        self._sync()
+        self.sampler.sync()
         config = self.config
         with self.timer("evaluate"):
             result = evaluate(
-                self.engine,
+                self.sampler.engine,
                 self.scorer,
                 self.data.held_out,
                 config.evaluation,
@@ -378,19 +315,10 @@ class Session:
         )
         with self.timer("save"):
             arrays = self.old_policy.arrays(self.stage_step) | self.router.arrays() | self.hidden_stream.arrays()
-            arrays |= self.ahead.arrays() | self.in_flight.arrays()
+            arrays |= self.sampler.arrays()
             self.saves.write(self.trainer, progress, arrays)
 
     # ------------------------------------------------------------ setting up and leaving
-
-    def _build_engine(self) -> RolloutEngine:
-        return build_engine(self.config, self.tokenizer, parallel.device(), self.groups.world)
-
-    def _new_in_flight(self) -> InFlight:
-        def decode(token_ids: np.ndarray) -> str:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-        return InFlight(self.config.partial, decode, self.groups.world)
 
     def _load_data(self) -> None:
         self.data = read_stage_data(self.config, self.tokenizer, self.vocab_size)
@@ -419,7 +347,7 @@ class Session:
         self.stop.__exit__(*exception)
         self.scorer.close()
         if exception[0] is None:  # otherwise other ranks may not come to where an engine's groups are taken apart
-            self.engine.close()
+            self.sampler.close()
         self.sink.close()
         self.saves.close()
 

@@ -27,7 +27,7 @@ ROWS = [
         "parity_probe",
         "ahead",
     },
-    {"saves", "stage_data", "best_of_n", "hidden_stream", "parity_gate"},
+    {"saves", "stage_data", "best_of_n", "hidden_stream", "parity_gate", "sampler"},
     {"session", "convert", "doctor", "dry_run"},
     {"train", "model_options", "policy_sources"},
     {"evaluate_command", "generate_command", "best_of_n_command", "data_command", "analyze_command", "reward_command"},

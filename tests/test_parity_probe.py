@@ -60,7 +60,7 @@ def run(tmp_path_factory):
 
 def first_step(run) -> None:
     """The lines of `train.train` that come before the first update, with the engine's weights fresh."""
-    run.synced_version, run.parity.due = None, True
+    run.sampler.synced_version, run.parity.due = None, True
     run.measure(to_sequences(run.score(run.roll_out(run.next_prompts()))), 0)
 
 
@@ -76,7 +76,7 @@ def first_step(run) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_is_wrong_is_named(run, fault, words):
-    engine = run.engine
+    engine = run.sampler.engine
     arrive = type(engine).update_weights
 
     def arrive_and_break(tensors, version):
@@ -89,5 +89,5 @@ def test_what_is_wrong_is_named(run, fault, words):
         first_step(run)
     found = str(caught.value).split("Likely causes:")[0]
     assert all(word in found for word in words), found
-    run.engine = run._build_engine()  # without the fault, which may have changed more than weights
+    run.sampler.engine = run.sampler.build_engine()  # without the fault, which may have changed more than weights
     first_step(run)

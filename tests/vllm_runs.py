@@ -108,9 +108,9 @@ def first_step(run: Any) -> None:
 
 def with_fault(run: Any, fault: Any, *, checksums: bool) -> str:
     """What stops a run that has the fault (a context manager) in its first sync, before anything was updated."""
-    run.synced_version, run.parity.due = None, True
-    run.engine.syncs = 1
-    run.engine.settings = replace(run.engine.settings, checksum_every=int(checksums))
+    run.sampler.synced_version, run.parity.due = None, True
+    run.sampler.engine.syncs = 1
+    run.sampler.engine.settings = replace(run.sampler.engine.settings, checksum_every=int(checksums))
     with fault:
         return message(first_step, run)
 
@@ -230,28 +230,28 @@ def alone(path: Path) -> dict[str, Any]:
         for name, fault in {
             "corrupted": weights_changed(corrupt),
             "lost": lost_sync(),
-            "rope": rope_base(run.engine.llm, 100.0),
+            "rope": rope_base(run.sampler.engine.llm, 100.0),
         }.items():
             move_weights(run.trainer.models)
             found["faults"][name, "parity"] = with_fault(run, fault, checksums=False)
         found["faults"]["none"] = with_fault(run, contextlib.nullcontext(), checksums=True)
-        run.engine.tokenizer, tokenizer = make_tokenizer(), run.engine.tokenizer
-        run.engine.tokenizer.add_tokens(["unheard"])
-        found["faults"]["tokenizer"] = message(run.engine._check_tokenizer)
-        run.engine.tokenizer = tokenizer
-        found["slow"] = slow_sync(run.engine, run.trainer.hf_weights())
-        found["faults"]["missing"] = message(run.engine.update_weights, list(run.trainer.hf_weights())[1:], 9)
-        found["refused"] = message(run.engine.generate, requests_for(make_prompts()), config.rollout)
-        run.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
-        with naps(run.engine) as found["naps"]:
+        run.sampler.engine.tokenizer, tokenizer = make_tokenizer(), run.sampler.engine.tokenizer
+        run.sampler.engine.tokenizer.add_tokens(["unheard"])
+        found["faults"]["tokenizer"] = message(run.sampler.engine._check_tokenizer)
+        run.sampler.engine.tokenizer = tokenizer
+        found["slow"] = slow_sync(run.sampler.engine, run.trainer.hf_weights())
+        found["faults"]["missing"] = message(run.sampler.engine.update_weights, list(run.trainer.hf_weights())[1:], 9)
+        found["refused"] = message(run.sampler.engine.generate, requests_for(make_prompts()), config.rollout)
+        run.sampler.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
+        with naps(run.sampler.engine) as found["naps"]:
             train(run)
-        run.engine.close()
+        run.sampler.engine.close()
         hf_overrides = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
         wrong = replace(config.rollout, vllm=ENGINE | {"hf_overrides": hf_overrides})
         found["faults"]["rope", "start"] = message(
             build_engine, replace(config, rollout=wrong), tokenizer, parallel.device(), groups.world
         )
-        run.engine = ReplayEngine(Path(path).parent)  # for the session to close
+        run.sampler.engine = ReplayEngine(Path(path).parent)  # for the session to close
     parallel.stop()
     return found
 
@@ -267,8 +267,8 @@ def move_weights(models: list) -> None:
 
 def answers(run: Any, config: RunConfig) -> dict[str, Any]:
     """Completions of the first weights in several orders and batches, and beside transformers and the local engine."""
-    run._sync()
-    requests, engine = requests_for(make_prompts()), run.engine
+    run.sampler.sync()
+    requests, engine = requests_for(make_prompts()), run.sampler.engine
     reference = AutoModelForCausalLM.from_pretrained(config.model.path)
     local = load_local_engine(config.model, run.tokenizer, torch.device("cpu"), 64)
     before = torch.get_rng_state()
@@ -314,20 +314,20 @@ def pair(path: Path) -> dict[str, Any]:
     prompts, sampling = make_prompts(), SamplingConfig(max_response_tokens=TOKENS)
     with Session(config, groups) as run:
         run.begin_stage(run.remaining_stages()[0])
-        run._sync()
-        together = collect(run.engine, prompts, [None] * 6, 3, sampling, 7, 3, groups.world)
+        run.sampler.sync()
+        together = collect(run.sampler.engine, prompts, [None] * 6, 3, sampling, 7, 3, groups.world)
         found["one engine"] = [plain(list(g.completions)) for g in together]
         move_weights(run.trainer.models)
         fault = weights_changed(corrupt) if groups.world.rank() == 1 else contextlib.nullcontext()
         found["corrupted on rank 1"] = with_fault(run, fault, checksums=True)
-        run.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
+        run.sampler.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
         train(run)
-        run.engine.close()
+        run.sampler.engine.close()
         single = replace(config, rollout=replace(config.rollout, vllm=ENGINE))
-        run.engine = build_engine(single, run.tokenizer, parallel.device(), groups.world)
+        run.sampler.engine = build_engine(single, run.tokenizer, parallel.device(), groups.world)
         first = HfFolder(config.model.path)
-        run.engine.update_weights(((name, first.tensor(name)) for name in first.shapes()), 0)
-        each = collect(run.engine, prompts, [None] * 6, 3, sampling, 7, 3, groups.world)
+        run.sampler.engine.update_weights(((name, first.tensor(name)) for name in first.shapes()), 0)
+        each = collect(run.sampler.engine, prompts, [None] * 6, 3, sampling, 7, 3, groups.world)
         found["two engines"] = [plain(list(g.completions)) for g in each]
     parallel.stop()
     return found

@@ -177,7 +177,7 @@ def train_on_servers(path: Path, doomed: Served | None) -> None:
 
 
 def _disturb(run: Any, doomed: Served) -> None:
-    draw, generate = run.next_prompts, run.engine.generate
+    draw, generate = run.next_prompts, run.sampler.engine.generate
 
     def next_prompts() -> list:
         if run.step == 3:
@@ -188,7 +188,7 @@ def _disturb(run: Any, doomed: Served) -> None:
     def generating(requests: list, sampling: Any) -> list:
         if run.step != 1:
             return generate(requests, sampling)
-        with after_answers(run.engine, doomed, 1, lambda: os.killpg(doomed.group, signal.SIGKILL)):
+        with after_answers(run.sampler.engine, doomed, 1, lambda: os.killpg(doomed.group, signal.SIGKILL)):
             return generate(requests, sampling)
 
-    run.next_prompts, run.engine.generate = next_prompts, generating
+    run.next_prompts, run.sampler.engine.generate = next_prompts, generating
