@@ -151,7 +151,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.open.add(self.connection)
 
     def do_GET(self) -> None:
-        self.reply(200, b"")
+        known = self.path == "/weight_info"
+        self.reply(200, json.dumps({"weight_version": self.server.version}).encode() if known else b"")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")

@@ -30,13 +30,15 @@ class Admission:
         """Settings that a server must have been started with."""
 
     def admit(self, server: Server) -> None:
-        """Ask the server what it is, and note its size.
+        """Ask the server what it is, and note its size; one that still has the weights it was given last is known.
 
         Raises:
             ServerFailed: it cannot be asked.
             ConfigError: it cannot be used.
         """
         server.check_health(min(RETURN_SECONDS, server.timeout) if server.dead is not None else None)
+        if server.version is not None and server.get("/weight_info") == {"weight_version": server.version}:
+            return
         try:
             settings = server.call_workers("srft_settings")[0]
         except (Refused, ServerFailed) as error:

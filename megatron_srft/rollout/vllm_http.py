@@ -62,6 +62,10 @@ class Server:
 
     # ------------------------------------------------------------ calls
 
+    def get(self, path: str) -> Any:
+        """See `post`."""
+        return self._json("GET", path, None, self.timeout, repeatable=False)
+
     def post(self, path: str, body: Any = None, timeout: float | None = None, *, repeatable: bool = False) -> Any:
         """The answer's JSON; None when it has none.
 
@@ -70,7 +74,10 @@ class Server:
             ServerFailed: no connection, or a status of 500 and above.
             Refused: a status of 400 to 499.
         """
-        status, text = self._exchange("POST", path, body, timeout or self.timeout, repeatable)
+        return self._json("POST", path, body, timeout or self.timeout, repeatable)
+
+    def _json(self, method: str, path: str, body: Any, timeout: float, repeatable: bool) -> Any:
+        status, text = self._exchange(method, path, body, timeout, repeatable)
         if 400 <= status < 500:
             raise Refused(status, f"{self.url} refuses {path} with status {status}: {_shown(text)}")
         if status != 200:

@@ -5,6 +5,7 @@ they take and give. `CONTRACT` is held against the installed vLLM by tests/rollo
     POST /inference/v1/generate        tokens in, tokens and log-probs out; behind --enable-scale-out
     POST /pause /resume                no request is scheduled in between; pausing ends those that run
     POST /update_weight_version        a name for the weights that is stamped on every answer
+    GET  /weight_info                  that name
     POST /start_weight_update /update_weights /finish_weight_update
     POST /reset_prefix_cache
     POST /collective_rpc               calls a method of every worker, see vllm_server_worker.py
@@ -50,6 +51,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.entrypoints.rl.online.api_router.pause_generation": ("mode",),
     "vllm.entrypoints.rl.online.api_router.resume_generation": (),
     "vllm.entrypoints.rl.online.api_router.update_weight_version": ("new_version",),
+    "vllm.entrypoints.rl.online.api_router.weight_info": (),
     "vllm.entrypoints.rl.online.api_router.start_weight_update": (),
     "vllm.entrypoints.rl.online.api_router.update_weights": ("update_info",),
     "vllm.entrypoints.rl.online.api_router.finish_weight_update": ("weight_version",),

@@ -166,6 +166,23 @@ def test_sync_calls_come_in_vllms_order(model, weights, endpoints):
     ]
 
 
+def test_a_server_is_asked_what_it_is_once_and_again_when_it_was_started_anew(model, weights, endpoints):
+    (server,) = endpoints()
+    asked, settings = [], server.srft_settings
+    server.srft_settings = lambda: asked.append(1) or settings()
+    engine = make_engine(model, [server])
+    engine.update_weights(weights.items(), 0)
+    assert len(asked) == 2, "at the start, and before its first weights"
+    engine.update_weights(weights.items(), 1)
+    assert len(asked) == 2
+    server.version = "default"
+    engine.update_weights(weights.items(), 2)
+    assert len(asked) == 3
+    server.version, server.settings["dtype"] = "default", "bfloat16"
+    with pytest.raises(RolloutError, match="none of rollout.servers has taken the weights: .*dtype bfloat16"):
+        engine.update_weights(weights.items(), 3)
+
+
 def test_three_buckets_are_held_however_long_servers_take_and_many_they_are(model, weights, endpoints, monkeypatch):
     made, held = weakref.WeakSet(), []
     empty, total = vllm_wire._empty, sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
