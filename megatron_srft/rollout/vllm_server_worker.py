@@ -22,7 +22,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from megatron_srft.rollout import vllm_wire
 from megatron_srft.rollout.vllm_interface import installed_version
 from megatron_srft.rollout.vllm_routes import TCP
-from megatron_srft.rollout.vllm_worker import WorkerExtension, _pack_again
+from megatron_srft.rollout.vllm_worker import WorkerExtension, _pack_again, _without_warnings
 from megatron_srft.weights.digest import digest
 
 
@@ -63,7 +63,8 @@ class TcpEngine(WeightTransferEngine):
         self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        with _without_warnings(finalize_layerwise_reload.__module__):  # of a tied output layer
+            finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             _pack_again(self.model)
 
