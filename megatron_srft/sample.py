@@ -107,6 +107,9 @@ class Completion:
     """What a reward head read off the hidden states while the engine decoded, a logit; None without a head in the
     engine, and for a response that has no token to score."""
 
+    hidden_head: str | None = None
+    """`hidden_reward.head_fingerprint` of that head; None without one in the engine."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:

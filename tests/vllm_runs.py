@@ -5,6 +5,7 @@ the models here have heads of 32.
 """
 
 import contextlib
+import copy
 import os
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from reward_heads import make_head
 from runs import write_inputs
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -241,6 +243,7 @@ def alone(path: Path) -> dict[str, Any]:
         run.sampler.engine.tokenizer = tokenizer
         found["slow"] = slow_sync(run.sampler.engine, run.trainer.hf_weights())
         found["faults"]["missing"] = message(run.sampler.engine.update_weights, list(run.trainer.hf_weights())[1:], 9)
+        found["head"] = message(run.sampler.engine.score_with, make_head(run.sampler.engine.base))
         found["refused"] = message(run.sampler.engine.generate, requests_for(make_prompts()), config.rollout)
         run.sampler.synced_version, run.parity.due, run.step, run.batches_drawn = None, True, 0, 0
         with naps(run.sampler.engine) as found["naps"]:
@@ -339,6 +342,8 @@ def pair(path: Path) -> dict[str, Any]:
 def families(folder: Path, kinds: list[tuple[str, bool, str, dict]]) -> list[dict[str, Any]]:
     """For each (family, tied, dtype, config of the model): its weights in vLLM, one engine after the other."""
     prepare_process()
+    from vllm_score_runs import as_sequences, difference, stacked
+
     from megatron_srft.trainer import parallel
 
     groups = parallel.start(ParallelConfig(), 0)
@@ -350,7 +355,7 @@ def families(folder: Path, kinds: list[tuple[str, bool, str, dict]]) -> list[dic
             data=DataConfig(max_prompt_tokens=16),
             rollout=VllmRolloutConfig(max_response_tokens=TOKENS, vllm=ENGINE),
         )
-        engine = build_engine(config, make_tokenizer(), torch.device("cpu"), groups.world)
+        engine = build_engine(config, make_tokenizer(), torch.device("cpu"), groups.world, scored=True)
         reference = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         weights = dict(reference.named_parameters())
         engine.update_weights(weights.items(), 0)  # with checksums
@@ -359,8 +364,15 @@ def families(folder: Path, kinds: list[tuple[str, bool, str, dict]]) -> list[dic
         changed[name][5, 7] *= 1.01
         completions = engine.generate(requests, sampling)
         expected = reference_logprobs(reference, requests, completions, 1.0)
+        head = make_head(engine.base, normalisation="rms")
+        engine.score_with(head)
+        scores = [c.hidden_score for c in engine.generate(requests, sampling)]
+        wide = copy.deepcopy(reference).double()
+        sequences = as_sequences(requests, completions)
         found.append(
             {
+                "scores": difference(scores, [stacked(wide, head, sequence) for sequence in sequences]),
+                "scored": sum(score is not None for score in scores),
                 "same": engine.unlike(weights.items()),
                 "changed": engine.unlike(changed.items()),
                 "difference": largest_difference(logprobs(completions), expected),

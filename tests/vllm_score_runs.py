@@ -5,6 +5,7 @@ computed again. Prompts are computed in chunks where answers are greedy: vLLM's 
 that has a seed ("CPU Generator does not use offset").
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_srft import config as configuration
 from megatron_srft.config import RunConfig, SamplingConfig
 from megatron_srft.hidden_reward import BaseModel, RewardHead
 from megatron_srft.rollout import Request, build_engine
-from megatron_srft.rollout.vllm_states import Rows
+from megatron_srft.rollout.vllm_states import Rows, StateReader
 from megatron_srft.sample import Completion, Prompt, TrainingSequence
 
 TOKENS = 40
@@ -115,7 +116,7 @@ def scored(folder: str, layout: dict[str, Any], other_engines: bool = False) -> 
     config = run_config(folder, **layout)
     groups = parallel.start(config.parallel, seed=1)
     trainer = Trainer(config, groups)
-    engine = build_engine(config, make_tokenizer(), parallel.device(), groups.world)
+    engine = build_engine(config, make_tokenizer(), parallel.device(), groups.world, scored=True)
     requests, found = requests_for(make_prompts(), 8), {"differences": {}, "scores": {}, "preempted": 0}
     count_preemptions(engine.llm, found)
     heads = make_heads(trainer.base_model())
@@ -148,7 +149,7 @@ def scored(folder: str, layout: dict[str, Any], other_engines: bool = False) -> 
     found["other model"] = message(engine.score_with, make_head())
     engine.score_with(heads["all layers"])
     found["mixed up"] = mixed_up(engine, requests)
-    found["silent"] = silent(engine, requests)
+    found |= faults(engine, requests, heads["all layers"])
     engine.close()
     if other_engines:
         found["compiled"] = compiled(folder)
@@ -181,11 +182,27 @@ def mixed_up(engine: Any, requests: list[Request]) -> str:
     return said
 
 
-def silent(engine: Any, requests: list[Request]) -> str:
-    """What is said when a layer's hook does not fire."""
-    (reader,) = engine.llm.collective_rpc(lambda worker: worker.srft_reader)
-    reader.hooks[2].remove()
-    return message(engine.generate, requests, SAMPLING)
+def faults(engine: Any, requests: list[Request], head: RewardHead) -> dict[str, str]:
+    """What is said when a layer is not read, when the buffers are left alone, and when others load over them."""
+    said = {}
+    for name, fault in {"silent": unmark, "untouched": detach, "overwritten": overwrite}.items():
+        engine.score_with(head)
+        (reader,) = engine.llm.collective_rpc(lambda worker: worker.srft_reader)
+        fault(reader)
+        said[name] = message(engine.generate, requests, SAMPLING)
+    return said
+
+
+def unmark(reader: StateReader) -> None:
+    reader.sums.marks[2] = 0
+
+
+def detach(reader: StateReader) -> None:
+    reader.sums = copy.deepcopy(reader.sums)
+
+
+def overwrite(reader: StateReader) -> None:
+    reader.sums.weight.zero_()
 
 
 def count_preemptions(llm: Any, found: dict[str, Any]) -> None:
@@ -199,11 +216,22 @@ def count_preemptions(llm: Any, found: dict[str, Any]) -> None:
     scheduler._preempt_request = counted
 
 
-def compiled(folder: str) -> str:
-    """What an engine that was not started with enforce_eager says to a head; torch.distributed runs."""
+def compiled(folder: str) -> dict[str, Any]:
+    """The same with a compiled model, before and after an update."""
     from megatron_srft.trainer import parallel
 
-    engine = build_engine(run_config(folder, enforce_eager=False), make_tokenizer(), parallel.device())
-    said = message(engine.score_with, make_head(engine.base))
+    torch._dynamo.config.disable = False
+    found, requests = {"differences": []}, requests_for(make_prompts(), 4)
+    engine = build_engine(run_config(folder, enforce_eager=False), make_tokenizer(), parallel.device(), scored=True)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    for version in range(2):
+        engine.update_weights(((n, p.detach().float()) for n, p in reference.named_parameters()), version)
+        for head in make_heads(engine.base).values():
+            engine.score_with(head)
+            completions = engine.generate(requests, SAMPLING)
+            expected = [stacked(reference, head, sequence) for sequence in as_sequences(requests, completions)]
+            found["differences"].append(difference([c.hidden_score for c in completions], expected))
+        move_weights([reference])
+    found |= faults(engine, requests, make_head(engine.base))
     engine.close()
-    return said
+    return found

@@ -1,13 +1,16 @@
-"""A model's weights, and the form of its prompts, as one hash each: what a reward head has been made for."""
+"""A model's weights, and the form of its prompts, as one hash each: what a reward head has been made for. And a head
+itself: what a score has been made by."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from megatron_srft.config import DataConfig
+from megatron_srft.hidden_reward.head import RewardHead
 
 
 def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -17,8 +20,35 @@ def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         tensors: full tensors under Hugging Face names, such as `Trainer.hf_weights()` or those of a folder; read one
             at a time. In another type the same model has another fingerprint: its states differ too.
     """
-    digests = sorted(_digest(name, tensor) for name, tensor in tensors)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    watch = WeightsWatch()
+    for _ in watch.passing(tensors):
+        pass
+    return watch.fingerprint()
+
+
+class WeightsWatch:
+    """Looks at weights on their way to somebody else."""
+
+    def __init__(self):
+        self.digests: list[bytes] = []
+
+    def passing(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors."""
+        for name, tensor in tensors:
+            self.digests.append(_digest(name, tensor))
+            yield name, tensor
+
+    def fingerprint(self) -> str:
+        """`weights_fingerprint` of those that have passed."""
+        return hashlib.sha256(b"".join(sorted(self.digests))).hexdigest()
+
+
+def head_fingerprint(head: RewardHead) -> str:
+    """SHA-256 over a head's numbers and settings: equal for heads that give a model's responses the same scores."""
+    settings = asdict(head.config)
+    settings |= {"training": None, "base": settings["base"]["fingerprint"]}
+    numbers = weights_fingerprint([("weight", head.weight), ("bias", head.bias)])
+    return hashlib.sha256(json.dumps([settings, numbers], sort_keys=True).encode()).hexdigest()
 
 
 def _digest(name: str, tensor: torch.Tensor) -> bytes:

@@ -1,5 +1,7 @@
 """Engines and tokenizers from a config and a Hugging Face folder."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,20 +9,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, ModelConfig, RunConfig
+from megatron_srft.hidden_reward import RewardHead, WeightsWatch, check_fits, prompt_fingerprint
 from megatron_srft.rollout import vllm, vllm_server
 from megatron_srft.rollout.cache import SLOT_ATTENTION
 from megatron_srft.rollout.engine import RolloutEngine
 from megatron_srft.rollout.local import LocalEngine
 from megatron_srft.rollout.replay import ReplayEngine
+from megatron_srft.weights.folder import HfFolder
 
 
 def build_engine(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, world: distributed.Group = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    world: distributed.Group = None,
+    *,
+    scored: bool = False,
 ) -> RolloutEngine:
     """The engine of `config.rollout`; it waits for its first `update_weights`.
 
     Args:
         world: the ranks that vLLM's engines are cut from.
+        scored: start vLLM so that a reward head can be set, see `VllmEngine.score_with`.
 
     Raises:
         ValueError: the model's folder or the replay's folder is not there, or vLLM refuses what it is told.
@@ -29,7 +39,7 @@ def build_engine(
         return ReplayEngine(Path(config.rollout.folder))
     folder = _model_folder(config.model)
     if config.rollout.kind == "vllm":
-        return vllm.VllmEngine(config, tokenizer, world)
+        return vllm.VllmEngine(config, tokenizer, world, scored=scored)
     if config.rollout.kind == "vllm_server":
         return vllm_server.VllmServerEngine(config, tokenizer, world)
     trust = config.model.trust_remote_code
@@ -67,6 +77,48 @@ def load_local_engine(
     engine = LocalEngine(model.to(device), tokenizer, max_concurrent_sequences=max_concurrent_sequences)
     engine.policy_version = 0
     return engine
+
+
+def load_vllm_engine(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    world: distributed.Group,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+    head: RewardHead | None = None,
+) -> vllm.VllmEngine:
+    """vLLM with the weights of the folder config.model.path, or those given, as policy version 0. Collective;
+    torch.distributed must have been started.
+
+    Args:
+        head: scores what is sampled.
+
+    Raises:
+        ValueError: the folder or vLLM's arguments are wrong, or the head is not one for these weights and prompts.
+    """
+    vllm.check_engine(config, distributed.size(world))
+    folder = _model_folder(config.model)
+    engine = vllm.VllmEngine(config, tokenizer, world, scored=head is not None)
+    watch = WeightsWatch()
+    tensors = (
+        _weights_of(folder, engine.shapes, getattr(torch, config.model.dtype), device) if weights is None else weights
+    )
+    if head is not None:
+        engine.score_with(head)
+        tensors = watch.passing(tensors)
+    engine.update_weights(tensors, 0)
+    if head is not None:
+        base = replace(engine.base, fingerprint=watch.fingerprint())
+        check_fits(head, base, prompt_fingerprint(config.data, tokenizer))
+    return engine
+
+
+def _weights_of(
+    folder: Path, names: Iterable[str], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    source = HfFolder(folder)
+    for name in names:
+        yield name, source.tensor(name).to(device, dtype)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -177,6 +177,7 @@ class InFlight:
             rollout_logprobs=np.concatenate([before.rollout_logprobs, after.rollout_logprobs]),
             policy_version=before.policy_version,
             hidden_score=None,
+            hidden_head=None,
         )
 
 

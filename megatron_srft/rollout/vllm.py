@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
 from megatron_srft.deadline import Deadline
-from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits
+from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits, head_fingerprint
 from megatron_srft.rollout import vllm_interface as interface
 from megatron_srft.rollout.engine import Request, RolloutError
 from megatron_srft.rollout.vllm_common import (
@@ -65,10 +65,13 @@ def check_engine(config: RunConfig, world_size: int) -> None:
 class VllmEngine:
     """Samples with vLLM. Needs `update_weights` before the first `generate`."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: distributed.Group):
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: distributed.Group, *, scored: bool = False
+    ):
         """
         Args:
             tokenizer: decodes responses and names the end token.
+            scored: start vLLM so that a reward head can be set, see `score_with`.
 
         Raises:
             ConfigError: vLLM refuses an argument, or reads model or tokenizer differently.
@@ -78,7 +81,8 @@ class VllmEngine:
         hf_config, self.end_token_ids = read_model(config.model, tokenizer)
         self.architecture = read_architecture(hf_config)
         self.shapes = hf_shapes(self.architecture)
-        self.llm = interface.start_engine(engine_arguments(config, self.architecture), KEY)
+        architecture = hf_config.architectures[0] if scored else None
+        self.llm = interface.start_engine(engine_arguments(config, self.architecture), KEY, architecture)
         self.max_model_len = interface.max_model_len(self.llm)
         self.policy_version: int | None = None
         self.sleeps, self.asleep = bool(config.rollout.vllm.get("enable_sleep_mode")), False
@@ -92,6 +96,7 @@ class VllmEngine:
             dtype=config.model.dtype,
         )
         self.reward_head: RewardHead | None = None
+        self.hidden_head: str | None = None
         try:
             check_model(self.architecture, interface.model_settings(self.llm), "vLLM")
             if config.rollout.stop:
@@ -189,7 +194,7 @@ class VllmEngine:
 
         Raises:
             ValueError: it is for a model of other sizes, or scores a response's last token.
-            ConfigError: the engine was not started so that hidden states can be read.
+            ConfigError: the engine was not started for a head.
         """
         if head is not None:
             check_fits(head, self.base, weights=False)
@@ -201,6 +206,7 @@ class VllmEngine:
             )
         interface.read_states(self.llm, head)
         self.reward_head = head
+        self.hidden_head = None if head is None else head_fingerprint(head)
 
     def _scores(self, requests: list[Request], answers: list[interface.Answer]) -> list[float | None]:
         """Of each answer; None without a head, and for an answer of one token."""
@@ -228,7 +234,8 @@ class VllmEngine:
         answers = interface.generate(self.llm, prompts, [seed(request) for request in requests], sampling, ends)
         for request, answer in zip(requests, answers, strict=True):
             check_answer(request, answer)
-        return to_completions(answers, self._scores(requests, answers), self.tokenizer, self.policy_version)
+        scores = self._scores(requests, answers)
+        return to_completions(answers, scores, self.tokenizer, self.policy_version, self.hidden_head)
 
     def _check_tokenizer(self) -> None:
         ours, theirs = self.tokenizer.get_vocab(), interface.vocabulary(self.llm)

@@ -42,10 +42,7 @@ def engine_arguments(config: RunConfig, model: Architecture) -> dict[str, object
     rollout = config.rollout
     longest = min(config.data.max_prompt_tokens + rollout.max_response_tokens, model.max_positions)
     defaults: dict[str, object] = {"max_model_len": longest, "enable_prefix_caching": True}
-    if torch.cuda.is_available():
-        defaults["gpu_memory_utilization"] = GPU_SHARE
-    else:
-        defaults |= {"kv_cache_memory_bytes": HOST_CACHE_BYTES, "enforce_eager": True}
+    defaults |= beside_trainer()
     fixed = {
         "model": config.model.path,
         "dtype": config.model.dtype,
@@ -55,6 +52,13 @@ def engine_arguments(config: RunConfig, model: Architecture) -> dict[str, object
         "seed": 0,
     }
     return {**defaults, **rollout.vllm, **fixed}
+
+
+def beside_trainer() -> dict[str, object]:
+    """Engine arguments for memory that is shared with a trainer."""
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": GPU_SHARE}
+    return {"kv_cache_memory_bytes": HOST_CACHE_BYTES, "enforce_eager": True}
 
 
 def read_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, frozenset[int]]:
@@ -121,8 +125,13 @@ def to_completions(
     scores: Sequence[float | None],
     tokenizer: PreTrainedTokenizerBase,
     policy_version: int,
+    hidden_head: str | None = None,
 ) -> list[Completion]:
-    """Raises RolloutError when log-probs are not finite."""
+    """Raises RolloutError when log-probs are not finite.
+
+    Args:
+        hidden_head: fingerprint of the head that the scores are of.
+    """
     logprobs = [np.array(answer.logprobs, np.float32) for answer in answers]
     check_finite(logprobs, policy_version)
     texts = tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
@@ -134,6 +143,7 @@ def to_completions(
             finish_reason=answer.finish_reason,
             policy_version=policy_version,
             hidden_score=score,
+            hidden_head=hidden_head,
         )
         for answer, row, text, score in zip(answers, logprobs, texts, scores, strict=True)
     ]

@@ -22,6 +22,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_srft.config import ConfigError, SamplingConfig, require
 from megatron_srft.config.rollouts import VLLM_RESERVED
 from megatron_srft.hidden_reward import RewardHead
+from megatron_srft.rollout import vllm_model
 from megatron_srft.rollout.vllm_worker import WORKER_EXTENSION, Held
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
@@ -74,11 +76,17 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+TOKEN_CLASSIFY = "token_classify"
+"""vLLM's name of the task."""
+
 CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.LLM.generate": ("prompts", "sampling_params", "use_tqdm"),
     "vllm.LLM.collective_rpc": ("method", "args"),
     "vllm.LLM.reset_prefix_cache": (),
     "vllm.LLM.get_tokenizer": (),
+    "vllm.LLM.encode": ("prompts", "pooling_params", "pooling_task", "use_tqdm"),
+    "vllm.PoolingParams": ("use_activation",),
+    "vllm.config.PoolerConfig": ("task",),
     "vllm.LLM.sleep": ("level",),
     "vllm.LLM.wake_up": ("tags",),
     "vllm.EngineArgs": (
@@ -102,6 +110,9 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": ("num_scheduled_tokens",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": (),
     "vllm.v1.worker.gpu.input_batch.InputBatch": ("req_ids", "num_scheduled_tokens"),
+    "vllm.ModelRegistry.register_model": ("model_arch", "model_cls"),
+    **{f"{vllm_model.MODELS}.{file}.{trunk}": () for file, trunk in vllm_model.FAMILIES.values()},
+    **{f"{vllm_model.MODELS}.{file}.{name}": () for name, (file, _) in vllm_model.FAMILIES.items()},
     "vllm.v1.engine.core.EngineCore.shutdown": (),
     "vllm.distributed.parallel_state.destroy_model_parallel": (),
     "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm": ("layer", "remove_weight"),
@@ -158,17 +169,24 @@ def check_arguments(arguments: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{key}.{name} is no engine argument of vLLM {installed_version()}{hint}")
 
 
-def start_engine(arguments: dict[str, Any], key: str) -> Any:
+def start_engine(arguments: dict[str, Any], key: str, scored: str | None = None) -> Any:
     """A `vllm.LLM` in this process, one worker of an engine over the tensor-parallel neighbours of this rank.
 
     torch.distributed must have been started. Random and empty weights are loaded, nothing from disk.
 
+    Args:
+        scored: the model's architecture as its config.json calls it, when a reward head is to be read in it.
+
     Raises:
-        ConfigError: vLLM refuses an argument's value.
+        ConfigError: vLLM refuses an argument's value, or no head can be read in this architecture.
     """
     set_environment()
     import pydantic
     from vllm import LLM
+
+    if scored is not None:
+        own = {"architectures": [vllm_model.register(scored)]}
+        arguments = arguments | {"hf_overrides": arguments.get("hf_overrides", {}) | own}
 
     with _launcher_variables(), _random_state_kept():
         try:
@@ -183,6 +201,52 @@ def start_engine(arguments: dict[str, Any], key: str) -> Any:
     # It would end torch.distributed, and the trainer with it, whenever the engine is collected as garbage.
     llm.llm_engine.engine_core._finalizer.detach()
     return llm
+
+
+def start_classifier(folder: Path, dtype: str, longest: int, arguments: dict[str, Any]) -> Any:
+    """A `vllm.LLM` in this process that gives the labels of every token of its prompts, with the folder's weights.
+
+    torch.distributed must have been started.
+
+    Args:
+        dtype: that the model runs in; by itself vLLM would take half precision for float32.
+        longest: tokens of the longest prompt.
+        arguments: more engine arguments.
+
+    Raises:
+        ConfigError: vLLM refuses the model.
+    """
+    set_environment()
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    with _launcher_variables(), _random_state_kept():
+        try:
+            llm = LLM(
+                model=str(folder),
+                dtype=dtype,
+                runner="pooling",
+                pooler_config=PoolerConfig(task=TOKEN_CLASSIFY),
+                skip_tokenizer_init=True,
+                max_model_len=longest,
+                enable_prefix_caching=False,  # a token whose keys are cached has no labels
+                distributed_executor_backend="external_launcher",
+                **arguments,
+            )
+        except ValueError as error:
+            raise ConfigError(f"vLLM refuses to classify tokens with {folder}: {error}") from error
+    llm.llm_engine.engine_core._finalizer.detach()  # as in start_engine
+    return llm
+
+
+def classify_tokens(llm: Any, prompts: list[list[int]]) -> list[np.ndarray]:
+    """[tokens, labels] float32 of each prompt, before any activation."""
+    from vllm import PoolingParams
+
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    with _random_state_kept():
+        outputs = llm.encode(requests, PoolingParams(use_activation=False), pooling_task=TOKEN_CLASSIFY, use_tqdm=False)
+    return [output.outputs.data.float().cpu().numpy() for output in outputs]
 
 
 @contextlib.contextmanager

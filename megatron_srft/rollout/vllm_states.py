@@ -1,8 +1,7 @@
-"""A reward head's gate and reward of every token that vLLM computes, read off its worker's model while it runs.
+"""A reward head's gate and reward of every token that vLLM computes, taken over from its worker's model pass by pass.
 
-vLLM's layers return the residual stream in two parts, not yet added. By the numbers of hidden_reward/head.py, layer 0
-is what the embedding gives, l < L the sum of both parts after block l, L the first part of what the final norm gives.
-After each of them every tensor-parallel rank has whole states, so each rank projects all of them and has all scores.
+vllm_model.py computes them in the forward pass and leaves them in buffers, with what the model was fed; the worker
+announces each pass here before it runs, and what the pass gave is copied out before the next one is announced.
 
 What a token gave is kept with its request, position and id, 20 bytes, until the call of `generate` ends. A token that
 is computed again (of a preempted request) replaces what it gave before. A token whose keys come out of the prefix cache
@@ -11,17 +10,16 @@ was preempted, for it always computes the last token it knows. Nothing rests on 
 of its tokens was read, at its own position.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_srft.config import require
-from megatron_srft.hidden_reward import RewardHead, add_layer
+from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.ops.gated_pooling import gated_mean
 from megatron_srft.rollout.engine import RolloutError
+from megatron_srft.rollout.vllm_model import StateSums
 
 
 class StatesError(RolloutError):
@@ -52,69 +50,38 @@ class Pass:
     """[tokens] int32 or int64, what the model was fed."""
     sums: torch.Tensor
     """[tokens, 2] float32, without the head's bias."""
+    read: torch.Tensor
+    """[] int64; how many of the head's layers."""
 
 
 class StateReader:
-    """Hooks on a vLLM model; `remove` takes them off."""
+    """Copies what passes gave out of a model's buffers; `remove` ends it."""
 
-    def __init__(self, head: RewardHead, model: torch.nn.Module):
-        """
-        Args:
-            model: the causal language model of vLLM's worker.
-
-        Raises:
-            ConfigError: the model is not built as those that this file knows.
-        """
-        self.head = head.to(next(model.parameters()).device)
+    def __init__(self, head: RewardHead, sums: StateSums):
+        self.head, self.sums = head, sums
         self.expected: Rows | None = None
-        self.inputs: dict[str, Any] = {}
-        self.sums: torch.Tensor | None = None
-        self.read: list[int] = []
         self.passes: list[Pass] = []
-        modules = layer_modules(model, head.config.base.num_layers)
-        self.hooks = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for place, layer in enumerate(head.layers):
-            self.hooks.append(modules[layer].register_forward_hook(self._reader(place, layer)))
-        self.hooks.append(model.register_forward_hook(self._end))
+        sums.take(head)
 
     def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.sums.take(None)
 
     def expect(self, rows: Rows) -> None:
-        """The next forward pass computes these; one that was not announced (vLLM's warm-up) is not read."""
+        """The next forward pass computes these; one that was not announced (vLLM's warm-up) is not taken over."""
+        self._collect()
         self.expected = rows
 
-    def _begin(self, model: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-        self.inputs, self.sums, self.read = named, None, []
-
-    def _reader(self, place: int, layer: int) -> Callable:
-        weight, config = self.head.weight[place], self.head.config
-
-        def read(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
-            if self.expected is not None:
-                # At once: the next layer overwrites both parts.
-                self.sums = add_layer(self.sums, _state(output, layer, config.base.num_layers), weight, config)
-                self.read.append(layer)
-
-        return read
-
-    def _end(self, model: torch.nn.Module, inputs: tuple, output: Any) -> None:
+    def _collect(self) -> None:
         rows, self.expected = self.expected, None
         if rows is None:
             return
-        if self.read != list(self.head.layers):
-            raise StatesError(
-                f"of the layers {list(self.head.layers)} that the reward head reads, vLLM's forward pass passed by "
-                f"{sorted(set(self.head.layers) - set(self.read))}; set rollout.vllm.enforce_eager, under which hooks "
-                "fire, or go without the head"
-            )
         count = sum(rows.counts)
-        if len(self.sums) < count:
-            raise StatesError(f"vLLM computed {len(self.sums)} of {count} tokens in one pass; it has cut the batch")
-        # The engine overwrites its buffers of inputs; what lies beyond the count is padding.
-        positions, token_ids = (self.inputs[name][:count].clone() for name in ("positions", "input_ids"))
-        self.passes.append(Pass(rows, positions, token_ids, self.sums[:count]))
+        if count > len(self.sums.sums):
+            raise StatesError(f"vLLM computed {count} tokens in one pass, more than the {len(self.sums.sums)} it said")
+        # Beyond the count lies padding.
+        parts = (getattr(self.sums, name)[:count].clone() for name in ("positions", "token_ids", "sums"))
+        self.passes.append(Pass(rows, *parts, self.sums.read.clone()))
+        self.sums.read.zero_()  # a pass that leaves the buffers alone is seen by it
 
     def take(self, responses: dict[str, tuple[int, Sequence[int]]]) -> dict[str, float | None]:
         """Score the responses, and forget everything that was read.
@@ -126,9 +93,12 @@ class StateReader:
             By request; None where there is no token, NaN where a token's gate or reward is not finite.
 
         Raises:
-            StatesError: a token was not computed since the last call, or another one in its place; names the request.
+            StatesError: a layer was not read; a token was not computed since the last call, or another one in its
+                place, and which request's.
         """
+        self._collect()
         passes, self.passes = self.passes, []
+        self._check_layers(passes)
         scored = {name: response for name, response in responses.items() if len(response[1])}
         if not scored:
             return dict.fromkeys(responses)
@@ -141,6 +111,19 @@ class StateReader:
         with torch.inference_mode():
             scores, _ = gated_mean(torch.from_numpy(table), sequences, self.head.bias.cpu())
         return dict.fromkeys(responses) | dict(zip(scored, scores.tolist(), strict=True))
+
+    def _check_layers(self, passes: Sequence[Pass]) -> None:
+        wanted = len(self.head.layers)
+        least = int(torch.stack([one.read for one in passes]).min()) if passes else wanted
+        if least != wanted:
+            raise StatesError(
+                f"of the {wanted} layers that the reward head reads, a forward pass of vLLM's model read {least}: it "
+                "did not run the code that reads them; go without the head"
+            )
+        if not self.sums.holds(self.head):
+            raise StatesError(
+                "vLLM's model no longer has the reward head's numbers; something has been loaded over them"
+            )
 
 
 def _gather(
@@ -169,32 +152,6 @@ def _gather(
     places, last = np.unique(bounds[owners[own]] + offsets[own], return_index=True)
     table[places], token_ids[places] = sums[own[last]], fed[own[last]]
     return table, token_ids
-
-
-def layer_modules(model: torch.nn.Module, num_layers: int) -> dict[int, torch.nn.Module]:
-    """The modules that give a layer's states, by layer.
-
-    Raises:
-        ConfigError: the model is not built of embed_tokens, layers and norm.
-    """
-    trunk = getattr(model, "model", None)
-    parts = [getattr(trunk, name, None) for name in ("embed_tokens", "layers", "norm")]
-    require(
-        all(part is not None for part in parts) and len(parts[1]) == num_layers,
-        f"a reward head cannot be read in vLLM's {type(model).__name__}: it has no model.embed_tokens, {num_layers} "
-        "model.layers and model.norm; score the responses with `megatron-srft reward score`",
-    )
-    embedding, blocks, norm = parts
-    return {0: embedding, **dict(enumerate(list(blocks)[:-1], start=1)), num_layers: norm}
-
-
-def _state(output: Any, layer: int, num_layers: int) -> torch.Tensor:
-    """[tokens, hidden] of a layer in what its module returned."""
-    if layer in (0, num_layers):
-        return output[0] if isinstance(output, tuple) else output
-    if not (isinstance(output, tuple) and len(output) == 2):
-        raise StatesError(f"block {layer} of vLLM's model does not return its states and a residual stream")
-    return output[0] + output[1]
 
 
 def _owners(passes: Sequence[Pass], names: Sequence[str]) -> np.ndarray:

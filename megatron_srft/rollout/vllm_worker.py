@@ -17,6 +17,7 @@ import torch
 
 from megatron_srft.config import require
 from megatron_srft.hidden_reward import RewardHead
+from megatron_srft.rollout.vllm_model import find_sums
 from megatron_srft.rollout.vllm_states import Rows, StateReader
 
 PROBE_COLUMNS = 1024
@@ -59,7 +60,9 @@ class WorkerExtension:
 
     def srft_read_states(self, head: RewardHead | None) -> None:
         """Read this head's gate and reward of all tokens from now on; None: of none any more."""
+        sums = find_sums(self.model_runner.get_model())
         if head is not None:
+            require(sums is not None, "this vLLM was not started for a reward head; start it for one, or score without")
             _refuse_unread(self.vllm_config)
         runner, name = self.model_runner, "prepare_inputs" if self.use_v2_model_runner else "_prepare_inputs"
         if self.srft_reader is not None:
@@ -67,7 +70,7 @@ class WorkerExtension:
             delattr(runner, name)
             self.srft_reader = None
         if head is not None:
-            self.srft_reader = StateReader(head, runner.get_model())
+            self.srft_reader = StateReader(head, sums)
             announced = _announced_second if self.use_v2_model_runner else _announced_first
             setattr(runner, name, announced(runner, self.srft_reader))
 
@@ -101,16 +104,12 @@ def _announced_second(runner: Any, reader: StateReader) -> Callable:
 
 def _refuse_unread(config: Any) -> None:
     """Raises ConfigError for what a reward head cannot be read under."""
-    require(
-        config.model_config.enforce_eager,
-        "a reward head is read by hooks, which do not fire where vLLM compiles the model or records CUDA graphs: set "
-        "rollout.vllm.enforce_eager to true, or go without the head",
-    )
     parallel = config.parallel_config
     unread = {
         "speculative_config": config.speculative_config is not None,
         "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "enable_dbo": parallel.enable_dbo,
+        "enable_prompt_embeds": config.model_config.enable_prompt_embeds,
     }
     for name, used in unread.items():
         require(not used, f"a reward head cannot be read with rollout.vllm.{name}; leave it out")

@@ -5,10 +5,11 @@ import hashlib
 
 import pytest
 import torch
+from reward_heads import TINY, make_head, other
 from tiny_models import make_model, make_tokenizer
 
 from megatron_srft.config import DataConfig
-from megatron_srft.hidden_reward import prompt_fingerprint, weights_fingerprint
+from megatron_srft.hidden_reward import WeightsWatch, head_fingerprint, prompt_fingerprint, weights_fingerprint
 from megatron_srft.weights.folder import HfFolder
 
 TENSORS = {
@@ -72,3 +73,23 @@ def test_prompts_of_another_form_have_another_fingerprint():
     assert prompt_fingerprint(DataConfig(chat_template="never"), tokenizer) == found[0]
     tokenizer.add_tokens(["new"])
     assert prompt_fingerprint(DataConfig(chat_template="never"), tokenizer) != found[0]
+
+
+def test_weights_are_hashed_while_they_pass():
+    weights = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    watch = WeightsWatch()
+    assert [name for name, _ in watch.passing(weights.items())] == ["b", "a"]
+    assert watch.fingerprint() == weights_fingerprint(weights.items())
+
+
+def test_a_head_is_known_by_what_its_scores_depend_on():
+    own = head_fingerprint(make_head())
+    named = dataclasses.replace(make_head(training={"epoch": 3}, base=other(name="elsewhere")), source="a copy")
+    assert head_fingerprint(named) == own
+    others = [
+        make_head(seed=1),
+        make_head(base=other(TINY, fingerprint="e" * 64)),
+        make_head(normalisation="rms"),
+        make_head(last_token="included"),
+    ]
+    assert own not in map(head_fingerprint, others)

@@ -69,6 +69,14 @@ def test_families_have_their_weights_and_log_probs_in_vllm(kinds, family, roundi
     assert 0 < found["difference"] < rounding
 
 
+@pytest.mark.parametrize(("family", "rounding"), [("qwen3", 0.05), ("llama3", 1e-5), ("mistral", 1e-5)])
+def test_families_have_a_heads_scores_in_vllm(kinds, family, rounding):
+    """Beside transformers' stacked states in float64, of the same weights."""
+    found = kinds[family]
+    assert found["scored"] > 3
+    assert 0 < found["scores"] < rounding
+
+
 def test_greedy_is_the_local_engine_token_for_token(one):
     assert without_version(one["greedy"]) == without_version(one["local greedy"])
 
@@ -121,6 +129,10 @@ def test_with_sleep_mode_every_step_wakes_for_new_weights_and_sleeps_before_the_
 
 
 # ---------------------------------------------------------------- faults, each before the first update
+
+
+def test_an_engine_that_was_not_started_for_a_head_refuses_one(one):
+    assert one["head"].startswith("ConfigError: this vLLM was not started for a reward head")
 
 
 def test_without_a_fault_nothing_is_found(one):
