@@ -1,7 +1,7 @@
 """Where a step's groups come from: the engine, in step with the trainer, asked at once, a step ahead or in rounds."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,18 @@ class Sampler:
         trainer: Trainer,
         world: Ranks,
         timer: Timer,
+        equip: Callable[[RolloutEngine], None],
     ):
         """
         Args:
             tokenizer: a Hugging Face tokenizer.
+            equip: called with the engine before it samples, when it holds the current weights.
 
         Raises:
             ConfigError: the engine cannot be started as the config says.
         """
         self.config, self.tokenizer, self.trainer, self.world, self.timer = config, tokenizer, trainer, world, timer
+        self.equip = equip
         self.ahead, self.in_flight = RolloutsAhead(world), self._nothing_in_flight()
         self.engine = self.build_engine()
         self.synced_version: int | None = None
@@ -54,7 +57,7 @@ class Sampler:
         if is_main() and self.in_flight.flights:
             log.warning("%d prompts in flight at the end of the stage are dropped", len(self.in_flight.flights))
         self.in_flight = self._nothing_in_flight()
-        if config.rollout != before.rollout:
+        if (config.rollout, config.scored_by_engine) != (before.rollout, before.scored_by_engine):
             self.engine.close()  # two engines at a time could be too many
             self.engine, self.synced_version = self.build_engine(), None
 
@@ -70,6 +73,7 @@ class Sampler:
             with self.timer("sync"):
                 self.engine.update_weights(self.trainer.hf_weights(), self.trainer.policy_version)
             self.synced_version = self.trainer.policy_version
+        self.equip(self.engine)
 
     def rest(self) -> None:
         """The step has its completions: the engine gives back what memory it can."""
@@ -146,7 +150,8 @@ class Sampler:
     # ------------------------------------------------------------ parts
 
     def build_engine(self) -> RolloutEngine:
-        return build_engine(self.config, self.tokenizer, parallel.device(), self.world)
+        scored = self.config.scored_by_engine
+        return build_engine(self.config, self.tokenizer, parallel.device(), self.world, scored=scored)
 
     def _nothing_in_flight(self) -> InFlight:
         def decode(token_ids: np.ndarray) -> str:

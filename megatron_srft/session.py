@@ -93,7 +93,8 @@ class Session:
         self.data.prompts(self.router.waiting)
         self.hidden_stream.begin(self.config, arrays)
         self.timer = Timer()
-        self.sampler = Sampler(self.config, self.tokenizer, self.trainer, groups.world, self.timer)
+        equip = self.hidden_stream.equip
+        self.sampler = Sampler(self.config, self.tokenizer, self.trainer, groups.world, self.timer, equip)
         self.sampler.restore(arrays, self.saves.folder)
         self.accounting: Counter[str] = Counter()
         self.sampling: dict[str, float] = {}

@@ -38,6 +38,7 @@ from megatron_srft.config.rollouts import (
     VllmRolloutConfig,
     VllmServerRolloutConfig,
     as_local,
+    as_vllm,
 )
 from megatron_srft.config.run import (
     FIXED_OVER_STAGES,
@@ -124,6 +125,7 @@ __all__ = [
     "VllmRolloutConfig",
     "VllmServerRolloutConfig",
     "as_local",
+    "as_vllm",
     "from_dict",
     "load",
     "merge",

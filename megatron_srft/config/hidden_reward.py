@@ -14,6 +14,11 @@ class SwiftRewardConfig(StreamConfig):
     head: str = ""
     """Folder of the reward head, as `megatron-srft reward train` writes it for the policy of model.path."""
 
+    scored_by: Literal["trainer", "engine"] = "trainer"
+    """Where the completions' hidden states are read. trainer: in the pass that measures log-probs. engine: while they
+    are sampled, which needs rollout.kind vllm and saves that pass where nothing else asks for it. Demonstrations are
+    the trainer's."""
+
     normalise: Literal["none", "sigmoid", "group"] = "none"
     """What the reward is. none: the head's score, a logit. sigmoid: its sigmoid, from 0 to 1. group: its distance from
     the mean of the group's completions, in their (population) standard deviations."""
@@ -85,6 +90,27 @@ def check_swift(run: Any, verified: bool) -> None:
         f"{what} asks which answers are right, and a swift reward is no verdict; add an item of kind math, exact or "
         "judge to rewards",
     )
+
+
+def check_scorer(stages: Sequence[tuple[str, Any]]) -> None:
+    """A run whose engine is to read hidden states must have one that can. Raises ConfigError.
+
+    Args:
+        stages: name and settings of each stage.
+    """
+    for _, run in stages:
+        if not run.scored_by_engine:
+            continue
+        require(
+            run.rollout.kind == "vllm",
+            f"rewards: swift.scored_by is engine, and an engine of rollout.kind {run.rollout.kind} reads no hidden "
+            "states; set swift.scored_by to trainer, or rollout.kind to vllm",
+        )
+        require(
+            run.partial is None,
+            "rewards: swift.scored_by is engine, and with rollout.partial a completion's states are those of several "
+            "policies; set swift.scored_by to trainer, or rollout.partial to null",
+        )
 
 
 def check_staleness(stages: Sequence[tuple[str, Any]]) -> None:

@@ -117,6 +117,10 @@ VLLM_RESERVED = {
 """vLLM's arguments that are not the user's to set, and why."""
 
 
+MAX_NUM_SEQS = 256
+"""vLLM's own default for most devices; only how often a command says how far it is rests on it."""
+
+
 @section
 class VllmRolloutConfig(SamplingConfig):
     kind: Literal["vllm"] = "vllm"
@@ -149,6 +153,11 @@ class VllmRolloutConfig(SamplingConfig):
     def engine_ranks(self) -> int:
         """Ranks that hold one engine between them."""
         return self.vllm.get("tensor_parallel_size", 1)
+
+    @property
+    def max_concurrent_sequences(self) -> int:
+        """Sequences decoded together by an engine."""
+        return self.vllm.get("max_num_seqs", MAX_NUM_SEQS)
 
 
 def _check_native(arguments: dict[str, Any], reserved: dict[str, str]) -> None:
@@ -250,9 +259,18 @@ class VllmServerRolloutConfig(SamplingConfig):
 
 def as_local(rollout: SamplingConfig) -> LocalRolloutConfig:
     """The local engine with another engine's sampling, for commands that have no other."""
-    if isinstance(rollout, LocalRolloutConfig):
+    return _as(LocalRolloutConfig, rollout)
+
+
+def as_vllm(rollout: SamplingConfig) -> VllmRolloutConfig:
+    """vLLM with another engine's sampling."""
+    return _as(VllmRolloutConfig, rollout)
+
+
+def _as(kind: type, rollout: SamplingConfig) -> Any:
+    if isinstance(rollout, kind):
         return rollout
-    return LocalRolloutConfig(**{f.name: getattr(rollout, f.name) for f in fields(SamplingConfig)})
+    return kind(**{f.name: getattr(rollout, f.name) for f in fields(SamplingConfig)})
 
 
 RolloutConfig = Annotated[

@@ -13,7 +13,7 @@ from megatron_srft.config.advantages import AdvantageConfig
 from megatron_srft.config.base import ConfigError, require, section
 from megatron_srft.config.checks import check_run, check_stage
 from megatron_srft.config.critic import CriticConfig
-from megatron_srft.config.hidden_reward import check_staleness
+from megatron_srft.config.hidden_reward import check_scorer, check_staleness, swift_reward
 from megatron_srft.config.kl import KlConfig
 from megatron_srft.config.methods import ADVANTAGES, OBJECTIVES, PRESETS, ObjectiveConfig
 from megatron_srft.config.mixed import SrftConfig
@@ -125,6 +125,12 @@ class RunConfig:
         return self.objective.kind == "dpo"
 
     @property
+    def scored_by_engine(self) -> bool:
+        """Whether the rollout engine reads the hidden-state reward off the completions that it samples."""
+        swift = swift_reward(self.rewards) if self.samples_rollouts else None
+        return swift is not None and swift.scored_by == "engine"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a second set of weights is held."""
         return self.kl.needs_reference or self.needs_reference_distribution
@@ -159,9 +165,10 @@ class RunConfig:
 
         Raises:
             ConfigError: a stage has no name, a name twice, or overrides what must stay the same over a run; or its
-                reward head would grow older than it may.
+                reward head would grow older than it may, or be read by an engine that cannot.
         """
         stages = self._stage_configs()
+        check_scorer(stages)
         check_staleness(stages)
         return stages
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_srft.config import VERIFIERS, ConfigError, RunConfig, SwiftRewardConfig, swift_reward
+from megatron_srft.config import VERIFIERS, ConfigError, RunConfig, SwiftRewardConfig, require, swift_reward
 from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits, load_head, prompt_fingerprint
 from megatron_srft.weights.architecture import Architecture
 
@@ -42,6 +42,11 @@ def read_heads(stages: Sequence[RunConfig], architecture: Architecture, tokenize
             check_fits(heads[swift.head], base_of(config, architecture), prompts, weights=False)
         except ValueError as error:
             raise ConfigError(f"rewards: swift.head: {error}") from None
+        require(
+            swift.scored_by == "trainer" or heads[swift.head].config.last_token == "excluded",
+            f"rewards: swift.head {swift.head} scores a response's last token too, which an engine never feeds to the "
+            "model; set swift.scored_by to trainer, or train a head with last_token excluded",
+        )
     return heads
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_srft.config import SwiftRewardConfig
+from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.sample import Group, Score, TrainingSequence
 
 STREAM = "swift"
@@ -48,6 +49,36 @@ def scores_by_group(sequences: Sequence[TrainingSequence], groups: int) -> list[
         HiddenScores(completions=tuple(found), demonstration=of_demonstration)
         for found, of_demonstration in zip(completions, demonstrations, strict=True)
     ]
+
+
+def of_engine(groups: Sequence[Group], measured: Sequence[HiddenScores]) -> list[HiddenScores]:
+    """The engine's scores of the completions, the trainer's of the demonstrations.
+
+    Raises:
+        RolloutError: the engine gave no score to a completion that has a token to score.
+    """
+    for group in groups:
+        if any(c.hidden_score is None and len(c.token_ids) > 1 for c in group.completions):
+            raise RolloutError(
+                f"the rollout engine gave completions of prompt {group.prompt.id} no score, and rewards: "
+                "swift.scored_by is engine; set it to trainer"
+            )
+    return [
+        HiddenScores(completions=tuple(c.hidden_score for c in group.completions), demonstration=own.demonstration)
+        for group, own in zip(groups, measured, strict=True)
+    ]
+
+
+def engine_difference(groups: Sequence[Group], measured: Sequence[HiddenScores]) -> dict[str, float]:
+    """swift/engine_difference: the largest between the engine's and the trainer's scores of one completion; nothing
+    where the trainer has measured none."""
+    pairs = [
+        (completion.hidden_score, score)
+        for group, own in zip(groups, measured, strict=True)
+        for completion, score in zip(group.completions, own.completions, strict=True)
+    ]
+    known = [abs(one - other) for one, other in pairs if one is not None and other is not None]
+    return {"swift/engine_difference": max(known)} if known else {}
 
 
 def merge(groups: Sequence[Group], found: Sequence[HiddenScores], config: SwiftRewardConfig) -> list[Group]:

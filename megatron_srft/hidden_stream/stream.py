@@ -15,11 +15,12 @@ import torch
 from megatron_srft.config import ConfigError, RunConfig, SwiftRewardConfig, refreshes_after
 from megatron_srft.hidden_reward import RewardHead, check_fits, weights_fingerprint
 from megatron_srft.hidden_stream.heads import stream_of
-from megatron_srft.hidden_stream.merge import merge, scores_by_group, unscored
+from megatron_srft.hidden_stream.merge import engine_difference, merge, of_engine, scores_by_group, unscored
 from megatron_srft.hidden_stream.refresh import Refresher, sequences_of
 from megatron_srft.hidden_stream.watch import Watch, figures
 from megatron_srft.hidden_stream.window import Window
 from megatron_srft.metrics import Timer
+from megatron_srft.rollout import RolloutEngine
 from megatron_srft.sample import Group, TrainingSequence
 from megatron_srft.trainer.hidden_features import Recomputed
 from megatron_srft.trainer.parallel import device
@@ -36,6 +37,7 @@ class HiddenStream:
 
     stream = HiddenStream(heads, trainer)             # while the trainer has the weights of model.path
     stream.begin(config, arrays)                      # after a checkpoint, if any, has been restored
+    stream.equip(engine)                              # before it samples
     groups = stream.merge(groups, sequences, stage_step)
     metrics |= stream.end_step(stage_step)
     """
@@ -93,6 +95,11 @@ class HiddenStream:
         """Optimizer updates since the weights that the head was trained for."""
         return self.trainer.policy_version - self.fitted
 
+    def equip(self, engine: RolloutEngine) -> None:
+        """Give the engine the head as it is now, if it is to score what it samples and has another one."""
+        if self.swift is not None and self.swift.scored_by == "engine" and engine.reward_head is not self.head:
+            engine.score_with(self.head)
+
     def merge(self, groups: list[Group], sequences: Sequence[TrainingSequence], stage_step: int) -> list[Group]:
         """The step's groups with the stream in their scores.
 
@@ -103,8 +110,12 @@ class HiddenStream:
         if self.swift is None:
             return groups
         found = scores_by_group(sequences, len(groups))
+        compared = {}
+        if self.swift.scored_by == "engine":
+            compared, found = engine_difference(groups, found), of_engine(groups, found)
         self.figures = {
             **figures(groups, found),
+            **compared,
             "swift/staleness": float(self.staleness),
             "accounting/unscored_responses": unscored(groups, found),
         }

@@ -247,7 +247,7 @@ class Trainer:
             self._needs_old_logprobs(sequences)
             or self._entropy_pool() is not None
             or self.config.kl.in_reward
-            or self.reward_head is not None
+            or self._scores(sequences)
         )
 
     def _needs_old_logprobs(self, sequences: Sequence[TrainingSequence]) -> bool:
@@ -261,6 +261,12 @@ class Trainer:
         if of_engine and any(rollouts):
             return any(demonstrations)
         return self.config.batch.updates_per_step > 1
+
+    def _scores(self, sequences: Sequence[TrainingSequence]) -> bool:
+        """Whether a head is to score some of them here: all, or the demonstrations alone where the engine has scored
+        what it sampled."""
+        everything = not self.config.scored_by_engine
+        return self.reward_head is not None and (everything or any(s.is_demonstration for s in sequences))
 
     def _with_measurements(
         self, sequences: Sequence[TrainingSequence], measured: Sequence[SequenceStats]

@@ -38,6 +38,23 @@ def tree(swift: dict | None = None, verifier: str | None = "exact", **sections) 
             "evaluation.files asks which answers are right, and a swift reward is no verdict; add an item of kind math",
         ),
         (
+            tree({"scored_by": "engine"}),
+            "rewards: swift.scored_by is engine, and an engine of rollout.kind local reads no hidden states; set "
+            "swift.scored_by to trainer, or rollout.kind to vllm",
+        ),
+        (
+            tree(
+                {"scored_by": "engine"},
+                rollout={"kind": "vllm", "partial": {"tokens_per_round": 16, "extra_prompts": 2}},
+                parity={"correction": "truncate"},
+            ),
+            "rewards: swift.scored_by is engine, and with rollout.partial a completion's states are those of several ",
+        ),
+        (
+            tree({"scored_by": "engine"}, rollout={"kind": "replay", "folder": "dumped"}),
+            "rewards: swift.scored_by is engine, and an engine of rollout.kind replay reads no hidden states",
+        ),
+        (
             tree(verifier=None, batch={"dynamic_sampling": True}),
             "batch.dynamic_sampling asks which answers are right, and a swift reward is no verdict",
         ),
@@ -51,6 +68,13 @@ def test_a_mistake_names_the_key_and_the_remedy(settings, message):
 
 def test_a_verifier_is_not_needed_where_nothing_asks_for_verdicts():
     assert from_dict(tree(verifier=None)).rewards[0].kind == "swift"
+
+
+def test_the_engine_scores_what_it_samples():
+    assert from_dict(tree({"scored_by": "engine"}, rollout={"kind": "vllm"})).scored_by_engine
+    assert not from_dict(tree(rollout={"kind": "vllm"})).scored_by_engine
+    supervised = tree({"scored_by": "engine"}, rollout={"kind": "vllm"}, objective={"kind": "sft"})
+    assert not from_dict(supervised).scored_by_engine
 
 
 # ---------------------------------------------------------------- how old a head may become

@@ -9,8 +9,17 @@ from advantage_cases import advantages_of, completion, group, score, settings
 
 from megatron_srft.advantages import group_statistics, to_sequences, with_advantages
 from megatron_srft.config import ExactRewardConfig, SwiftRewardConfig
-from megatron_srft.hidden_stream.merge import HiddenScores, merge, scores_by_group, unscored, values
+from megatron_srft.hidden_stream.merge import (
+    HiddenScores,
+    engine_difference,
+    merge,
+    of_engine,
+    scores_by_group,
+    unscored,
+    values,
+)
 from megatron_srft.rewards import Scorer
+from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.sample import Demonstration, Score
 
 
@@ -125,6 +134,26 @@ def test_scores_go_from_the_sequences_to_their_groups():
         replace(s, hidden_score=value) for s, value in zip(to_sequences(groups), (0.5, None, 2.0, -3.0), strict=True)
     ]
     assert scores_by_group(sequences, 2) == [found(0.5, None), found(2.0, demonstration=-3.0)]
+
+
+def scored(one, *scores: float | None):
+    """The group with the engine's scores."""
+    completions = [replace(c, hidden_score=value) for c, value in zip(one.completions, scores, strict=True)]
+    return replace(one, completions=tuple(completions))
+
+
+def test_the_engines_scores_stand_for_the_trainers_of_completions_only():
+    groups = [scored(group([2, 1], [score(0.0), score(1.0)]), 0.5, None)]
+    groups.append(scored(demonstrated(group([2], [score(0.0)])), 3.0))
+    measured = [found(0.25, None), found(3.5, demonstration=-3.0)]
+    assert of_engine(groups, measured) == [found(0.5, None), found(3.0, demonstration=-3.0)]
+    assert engine_difference(groups, measured) == {"swift/engine_difference": 0.5}
+    assert engine_difference(groups, [found(None, None), found(None)]) == {}
+
+
+def test_an_engine_that_leaves_a_completion_without_a_score_is_refused():
+    with pytest.raises(RolloutError, match="no score, and rewards: swift.scored_by is engine"):
+        of_engine([scored(group([2, 2], [score(0.0), score(1.0)]), 0.5, None)], [found(None, None)])
 
 
 def test_a_truncated_demonstration_stays_without_a_score():
