@@ -14,12 +14,13 @@ from megatron_srft.best_of_n.candidates import Candidates, read_candidates
 from megatron_srft.best_of_n.cost import Costs, measure_costs
 from megatron_srft.best_of_n.sweep import SWIFT, Question, Sweep, sweep
 from megatron_srft.config import ConfigError, ParallelConfig, RunConfig, as_local
-from megatron_srft.hidden_reward import RewardHead, check_fits, load_head, prompt_fingerprint
+from megatron_srft.hidden_reward import RewardHead, check_fits, head_fingerprint, load_head, prompt_fingerprint
 from megatron_srft.model_options import reward
 from megatron_srft.policy_sources import find_settings, find_source
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
 from megatron_srft.rollout import load_tokenizer
+from megatron_srft.rollout.vllm_tokens import check_classifier, score_by_classifier
 from megatron_srft.sample import Group, TrainingSequence
 from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.weights.architecture import Architecture
@@ -29,6 +30,8 @@ def main(options: argparse.Namespace) -> int:
     """Read, verify, score, choose, and write table, page and figures."""
     _check(options)
     head = load_head(options.head)
+    if options.engine == "vllm":
+        check_classifier(head)
     source = find_source(options.model, options.hf_model)
     settings = _settings(options, source)
     tokenizer = load_tokenizer(source.model)
@@ -39,15 +42,16 @@ def main(options: argparse.Namespace) -> int:
         kept = [number for number, group in enumerate(candidates.groups) if len(group.completions) >= most]
         trainer = _fitting_trainer(reader, source, head, prompt_fingerprint(settings.data, tokenizer))
         texts = _texts(candidates.groups, trainer.models[0].architecture)
-        scores = swift_scores(trainer, head, texts)
+        found = stored_scores(candidates.groups, head)
+        scores = _scores(trainer, head, texts, found, options)
         costs = _costs(trainer, head, [one for one in texts if one is not None], options.cost_candidates)
     if not distributed.is_main():
         return 0
     questions = _questions(candidates, scores)
-    found = sweep(
+    chosen = sweep(
         [questions[number] for number in kept], most, orders=options.orders, weights=options.weights, seed=options.seed
     )
-    return _tell(options, source, candidates, questions, kept, found, costs)
+    return _tell(options, source, candidates, questions, kept, chosen, costs, _sources(found, len(texts)))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -140,6 +144,45 @@ def _owners(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups for _ in group.completions]
 
 
+def stored_scores(groups: Sequence[Group], head: RewardHead) -> dict[int, float | None]:
+    """The scores that the candidates bring along, by their number over all groups: those that an engine read with this
+    very head off the weights that it was trained on, which no update lies behind."""
+    own = head_fingerprint(head)
+    completions = [completion for group in groups for completion in group.completions]
+    return {
+        number: completion.hidden_score
+        for number, completion in enumerate(completions)
+        if completion.hidden_head == own and completion.policy_version == 0
+    }
+
+
+def _scores(
+    trainer: Trainer,
+    head: RewardHead,
+    texts: Sequence[TrainingSequence | None],
+    stored: dict[int, float | None],
+    options: argparse.Namespace,
+) -> list[float | None]:
+    """Of every text: stored, or measured in one pass over all that have none."""
+    rest = [number for number in range(len(texts)) if number not in stored]
+    some = [texts[number] for number in rest]
+    if options.engine == "vllm" and any(some):
+        full = [one for one in some if one is not None]
+        weights, source, folder = trainer.hf_weights(), trainer.source, options.output.parent
+        known = iter(score_by_classifier(full, weights, head, source, folder))
+        measured = [None if one is None else next(known) for one in some]
+    else:
+        measured = swift_scores(trainer, head, some) if rest else []
+    found = stored | dict(zip(rest, measured, strict=True))
+    return [found[number] for number in range(len(texts))]
+
+
+def _sources(stored: dict[int, float | None], candidates: int) -> str:
+    """Where the head's scores come from, in words."""
+    parts = {"scored while they were sampled": len(stored), "scored here": candidates - len(stored)}
+    return ", ".join(f"{number} {how}" for how, number in parts.items() if number)
+
+
 def swift_scores(trainer: Trainer, head: RewardHead, texts: Sequence[TrainingSequence | None]) -> list[float | None]:
     """The head's score of every text in one log-prob pass; None where there is no token to score. Collective."""
     trainer.reward_head = head
@@ -183,14 +226,17 @@ def _tell(
     kept: Sequence[int],
     found: Sweep,
     costs: Costs | None,
+    sources: str,
 ) -> int:
     counts = _counts(candidates, questions, kept)
     about = {
         "Model": f"{source.name} ({source.path})",
         "Head": str(options.head),
         "Candidates": ", ".join(map(str, options.candidates)),
+        "Scores of the head": sources,
     } | {name.capitalize(): str(number) for name, number in counts.items()}
-    print(", ".join(f"{name} {number}" for name, number in counts.items()) + "\n")
+    print(", ".join(f"{name} {number}" for name, number in counts.items()))
+    print(f"candidates by the head: {sources}\n")
     print(page.text(found, costs))
     tree = {"model": str(source.path), "head": str(options.head), "files": [str(p) for p in options.candidates]}
     tree |= {"counts": counts} | page.to_json(found, costs)

@@ -18,7 +18,7 @@ commands:
   data TOOL ...                  make, check and measure data files: distil, act, filter, duplicates, statistics
   report RUN                     write report.html into a run folder
   analyze WHAT ...               probabilities, trajectory, clipped tokens, entropy of checkpoints; compare runs
-  reward WHAT ...                train a reward head on hidden states, score rollouts with one, import one
+  reward WHAT ...                train a reward head on hidden states, score rollouts with one, import or export one
   serve CONFIG [key=value ...]   a vLLM server for runs with rollout.kind vllm_server
   doctor                         what is installed, and what works on this machine
 
@@ -106,6 +106,7 @@ def generate(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--top-p", type=float, help="nucleus of the answers (default: the config's rollout.top_p)")
     parser.add_argument("--seed", type=int, help="of the answers (default: the config's)")
     parser.add_argument("--max-problems", type=int, default=0, help="use only the first N of each file; 0 uses all")
+    parser.add_argument("--head", type=Path, help="reward head; vLLM scores the answers with it while it samples them")
     _answer_options(parser)
     options = parser.parse_intermixed_args(arguments)
 
@@ -129,6 +130,12 @@ def best_of_n(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--orders", type=int, default=64, help="orders of the candidates to average over (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the orders and of the intervals (default: 0)")
     parser.add_argument("--cost-candidates", type=int, default=64, help="candidates to time on; 0: none (default: 64)")
+    parser.add_argument(
+        "--engine",
+        choices=("trainer", "vllm"),
+        default="trainer",
+        help="what reads the head; vllm: by token classification, for heads on the last layer alone (default: trainer)",
+    )
     parser.add_argument("--config", type=Path, help="data and rewards settings (default: those of the model's run)")
     parser.add_argument("--reward", choices=("math", "exact"), help="how candidates without a verdict are verified")
     parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")
@@ -151,6 +158,7 @@ def best_of_n(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
 def _answer_options(parser: argparse.ArgumentParser) -> None:
     """What `model_options.answer_settings` reads."""
+    parser.add_argument("--engine", choices=("local", "vllm"), help="what samples (default: the config's rollout.kind)")
     parser.add_argument("--max-response-tokens", type=int, help="longest answer")
     parser.add_argument("--reward", choices=("math", "exact"), help="how answers are verified (default: math)")
     parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")

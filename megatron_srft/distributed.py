@@ -4,6 +4,8 @@ Code that communicates takes the group it needs as an argument; a group of one r
 here a no-op, so the same code path serves one process and a cluster.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,19 @@ class ProcessGroups:
     """Ranks that hold the same slice and stage of different replicas."""
     model: Group = None
     """Ranks of one replica: tensor x pipeline."""
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """torch.distributed runs: as it does, or as a world of this process alone, which ends with the context."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def size(group: Group) -> int:

@@ -19,9 +19,10 @@ import torch
 from megatron_srft import distributed
 from megatron_srft.config import EvaluationConfig, RunConfig, SamplingConfig, require
 from megatron_srft.data import Dataset, load_problems
+from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.statistics import average_at_k, majority_at_k, pass_at_k
-from megatron_srft.rollout import RolloutEngine, collect, load_local_engine, load_tokenizer
+from megatron_srft.rollout import RolloutEngine, collect, load_local_engine, load_tokenizer, load_vllm_engine
 from megatron_srft.sample import Group
 
 STREAM = -1
@@ -190,6 +191,7 @@ def evaluate_folder(
     Needs neither megatron nor a run: of `config` it uses data, rollout, rewards, evaluation, seed and model.dtype.
 
     Args:
+        world: the ranks that share the problems; with vLLM, those of torch.distributed.
         weights: take the place of the folder's own, for example those of a checkpoint.
 
     Raises:
@@ -197,19 +199,29 @@ def evaluate_folder(
         VerifierError: the rewards' self-test fails.
     """
     require(bool(config.evaluation.files), "evaluation.files names no file to evaluate on")
-    require(config.rollout.kind == "local", "rollout.kind must be local for an evaluation; a replay cannot answer")
+    kinds = ("local", "vllm")
+    require(
+        config.rollout.kind in kinds, "rollout.kind must be local or vllm for an evaluation; a replay cannot answer"
+    )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model_folder)))
     tokenizer = load_tokenizer(config.model)
     datasets = load_held_out(config, tokenizer)
-    with answering(config, tokenizer, weights) as (engine, scorer):
+    with answering(config, tokenizer, weights, world) as (engine, scorer):
         return evaluate(engine, scorer, datasets, config.evaluation, config.rollout, config.seed, world)
 
 
 @contextmanager
 def answering(
-    config: RunConfig, tokenizer: Any, weights: Iterable[tuple[str, torch.Tensor]] | None
+    config: RunConfig,
+    tokenizer: Any,
+    weights: Iterable[tuple[str, torch.Tensor]] | None,
+    world: distributed.Group = None,
+    head: RewardHead | None = None,
 ) -> Iterator[tuple[RolloutEngine, Scorer]]:
-    """A local engine with the weights of config.model.path (or those given), and a scorer that passed its self-test.
+    """An engine with the weights of config.model.path (or those given), and a scorer that passed its self-test.
+
+    Args:
+        head: scores the answers while they are sampled; vLLM alone can.
 
     Raises:
         ConfigError, VerifierError: the folder cannot be read, or the self-test fails.
@@ -217,6 +229,12 @@ def answering(
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     with Scorer(config.resolved().rewards) as scorer:
         scorer.self_test()
+        if config.rollout.kind == "vllm":
+            with distributed.joined(device):
+                engine = load_vllm_engine(config, tokenizer, device, world, weights, head)
+                yield engine, scorer
+                engine.close()  # not after a failure, when other ranks may not come to it
+            return
         engine = load_local_engine(config.model, tokenizer, device, config.rollout.max_concurrent_sequences)
         if weights is not None:
             engine.update_weights(weights, 0)

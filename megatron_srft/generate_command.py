@@ -16,6 +16,7 @@ from megatron_srft import distributed
 from megatron_srft.config import ConfigError, RunConfig
 from megatron_srft.data import Dataset, load_problems
 from megatron_srft.evaluate import answering
+from megatron_srft.hidden_reward import RewardHead, load_head
 from megatron_srft.model_options import answer_settings, weights_of
 from megatron_srft.rewards import Scorer
 from megatron_srft.rollout import RolloutEngine, collect, dump, load_tokenizer
@@ -31,8 +32,9 @@ ROUNDS_PER_CALL = 8
 def main(options: argparse.Namespace) -> int:
     """Sample, verify, write the dump, and print what came of it."""
     config = settings(options)
+    head = None if options.head is None else load_head(options.head)
     with weights_of(options.model, config) as (world, weights):
-        groups = generate(config, options.files, options.samples, options.max_problems, world, weights)
+        groups = generate(config, options.files, options.samples, options.max_problems, world, weights, head)
         if distributed.is_main():
             dump(groups, options.output)
             print(summary(groups))
@@ -50,6 +52,11 @@ def settings(options: argparse.Namespace) -> RunConfig:
     if options.samples < 1:
         raise ConfigError(f"--samples must be at least 1, not {options.samples}")
     config = answer_settings(options)
+    if options.head is not None and config.rollout.kind != "vllm":
+        raise ConfigError(
+            f"--head {options.head}: the local engine reads no hidden states; add --engine vllm, or score the answers "
+            "with `megatron-srft best-of-n` or `megatron-srft reward score`"
+        )
     named = {"temperature": options.temperature, "top_p": options.top_p}
     rollout = replace(config.rollout, **{key: value for key, value in named.items() if value is not None})
     if rollout.temperature == 0 and options.samples > 1:
@@ -75,6 +82,7 @@ def generate(
     max_problems: int = 0,
     world: distributed.Group = None,
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+    head: RewardHead | None = None,
 ) -> list[Group]:
     """`samples` verified answers to every problem of the files, the same on every rank.
 
@@ -82,16 +90,18 @@ def generate(
         config: its model, data, rollout, rewards and seed are used.
         max_problems: use only the first this many of each file; 0 uses all.
         weights: take the place of the model folder's own, for example those of a checkpoint.
+        head: vLLM scores the answers with it.
 
     Raises:
-        ConfigError, ValueError: the model or a file is missing or wrong, or problems exceed the model's positions.
+        ConfigError, ValueError: the model, the head or a file is missing or wrong, or problems exceed the model's
+            positions.
         VerifierError: the rewards' self-test fails.
     """
     tokenizer = load_tokenizer(config.model)
     problems = load_problems(files, config.data, tokenizer, max_problems, key="files", need_answers=False)
     if distributed.is_main():
         print(f"data: {problems.report}", flush=True)
-    with answering(config, tokenizer, weights) as (engine, scorer):
+    with answering(config, tokenizer, weights, world, head) as (engine, scorer):
         return _in_calls(engine, scorer, problems, samples, config, world)
 
 
@@ -104,7 +114,7 @@ def _in_calls(
     world: distributed.Group,
 ) -> list[Group]:
     """A few calls of the engine one after the other, so that a long job says how far it is."""
-    together = config.rollout.max_concurrent_sequences * distributed.size(world)
+    together = config.rollout.max_concurrent_sequences * distributed.size(world) // engine.ranks
     size = max(1, ROUNDS_PER_CALL * together // samples)
     prompts, groups = list(problems.prompts), []
     for start in range(0, len(prompts), size):

@@ -17,6 +17,7 @@ from megatron_srft.config import (
     RewardConfig,
     RunConfig,
     as_local,
+    as_vllm,
 )
 from megatron_srft.convert import checkpoint_model, run_config
 from megatron_srft.trainer import parallel
@@ -28,14 +29,15 @@ ALONE = ParallelConfig()
 
 
 def answer_settings(options: argparse.Namespace) -> RunConfig:
-    """The settings of the config file (or of a checkpoint's run) with --max-response-tokens and --reward in their
-    place; sampling is local whatever the run did.
+    """The settings of the config file (or of a checkpoint's run) with --engine, --max-response-tokens and --reward in
+    their place.
 
     Raises:
         ConfigError: an option has an impossible value.
     """
     config = _file_settings(options)
-    rollout = as_local(config.rollout)
+    kind = options.engine or ("vllm" if config.rollout.kind == "vllm" else "local")
+    rollout = as_vllm(config.rollout) if kind == "vllm" else as_local(config.rollout)
     if options.max_response_tokens is not None:
         rollout = replace(rollout, max_response_tokens=options.max_response_tokens)
     rewards = config.rewards if options.reward is None else (reward(options),)

@@ -110,6 +110,7 @@ def test_summary_counts_by_hand():
         (["--temperature", "0"], "would be one answer"),
         (["--answer-after", "#"], "--answer-after needs --reward"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--head", "head"], "the local engine reads no hidden states; add --engine vllm"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sampled(folder, more, message, capsys):

@@ -6,14 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from advantage_cases import completion, group
 from reward_heads import make_head
 from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_srft import cli
+from megatron_srft.best_of_n_command import stored_scores
 from megatron_srft.config import DataConfig
-from megatron_srft.hidden_reward import BaseModel, prompt_fingerprint, save_head, weights_fingerprint
+from megatron_srft.hidden_reward import BaseModel, head_fingerprint, prompt_fingerprint, save_head, weights_fingerprint
 from megatron_srft.weights.folder import HfFolder
 
 QUESTIONS, SAMPLES = 9, 5
@@ -95,6 +97,20 @@ def test_choices_are_those_of_stacked_states_on_one_rank_and_on_two(folder, caps
     assert found["costs"]["of"]["swift, marginal"]["flops"] < found["costs"]["of"]["text reward model"]["flops"]
     assert spawn(2, in_two_ranks, folder, "tensor") == [0, 0]
     assert json.loads((folder / "two.json").read_text())["sweep"] == found["sweep"]
+
+
+def test_scores_that_candidates_bring_count_when_this_head_made_them_on_its_own_weights():
+    head, another = make_head(), make_head(seed=1)
+    made = [(head_fingerprint(head), 0, 0.5), (head_fingerprint(another), 0, 9.0), (head_fingerprint(head), 3, 9.0),
+            (None, 0, None), (head_fingerprint(head), 0, None)]  # fmt: skip
+    completions = [
+        dataclasses.replace(completion(2), hidden_head=by, policy_version=version, hidden_score=score)
+        for by, version, score in made
+    ]
+    groups = [
+        dataclasses.replace(group([], []), completions=tuple(part)) for part in (completions[:2], completions[2:])
+    ]
+    assert stored_scores(groups, head) == {0: 0.5, 4: None}
 
 
 def test_fewer_candidates_than_n(folder, capsys):
