@@ -6,15 +6,17 @@ from pathlib import Path
 from megatron_srft import errors
 
 MODEL = "checkpoint (RUN/checkpoints/step-NNNNNN) or Hugging Face folder that the rollouts were sampled from"
+ENGINE = "vllm: by vLLM's token classification, for heads on the last layer alone (default: trainer)"
 ROLLOUTS = "rollout dumps (RUN/rollouts/step-*, or of `generate`), or JSONL with prompt, responses and correct"
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
-    """Train a head, score with one, or take one over; the status as in `errors.run`."""
+    """Train a head, score with one, take one over, or write one for vLLM; the status as in `errors.run`."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     _train(kinds)
     _score(kinds)
     _import(kinds)
+    _export(kinds)
     options = parser.parse_args(arguments)
 
     def body() -> int:
@@ -102,7 +104,22 @@ def _score(kinds: argparse._SubParsersAction) -> None:
         action="store_true",
         help="score although the head was trained on other weights of this model, whose states may mean something else",
     )
+    parser.add_argument("--engine", choices=("trainer", "vllm"), default="trainer", help=ENGINE)
     _shared(parser)
+
+
+def _export(kinds: argparse._SubParsersAction) -> None:
+    text = (
+        "Write a head that reads the last layer alone as a Hugging Face folder in which vLLM classifies tokens: "
+        'runner "pooling", task token_classify, use_activation false; labels are gate and reward. Pooling them over a '
+        "response's tokens is left to the caller; `reward score --engine vllm` does it all."
+    )
+    parser = kinds.add_parser("export", help="a last-layer head as a token classifier for vLLM", description=text)
+    parser.add_argument("model", type=Path, help="checkpoint or Hugging Face folder that the head was trained on")
+    parser.add_argument("head", type=Path, help="folder that `reward train` wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--config", type=Path, help="data settings of its prompts (default: those of the run)")
+    _model(parser)
 
 
 def _import(kinds: argparse._SubParsersAction) -> None:

@@ -19,9 +19,11 @@ from megatron_srft.hidden_reward.parts import Responses, check_labels, questions
 from megatron_srft.hidden_reward.quality import quality
 from megatron_srft.hidden_reward.states import States
 from megatron_srft.reward_command import page
+from megatron_srft.reward_command.classifier import export_head
 from megatron_srft.reward_command.given import given
 from megatron_srft.reward_command.published import import_head
 from megatron_srft.reward_command.responses import check_tokens, dumped_groups, verified
+from megatron_srft.rollout.vllm_tokens import check_classifier, score_by_classifier
 from megatron_srft.sample import Group
 from megatron_srft.trainer.hidden_features import Recomputed, lm_head
 from megatron_srft.trainer.states_cache import Cached, cache_bytes
@@ -70,6 +72,8 @@ def train(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     """`reward score`."""
     head = load_head(options.head)
+    if options.engine == "vllm":
+        check_classifier(head)
     if options.output.is_dir() or not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: name a file in a folder that is there")
     with given(options) as start:
@@ -81,8 +85,11 @@ def score(options: argparse.Namespace) -> int:
         check_tokens(sequences, [start.groups[one.group].prompt.id for one in sequences], start.architecture)
         trainer = start.load()
         check_fits(head, trainer.base_model(), start.prompt_format, weights=not options.other_weights)
-        trainer.reward_head = head
-        found = [stats.hidden_score for stats in trainer.measure(sequences)]
+        if options.engine == "vllm":
+            found = score_by_classifier(sequences, trainer.hf_weights(), head, trainer.source, options.output.parent)
+        else:
+            trainer.reward_head = head
+            found = [stats.hidden_score for stats in trainer.measure(sequences)]
     if launched_rank() > 0:
         return 0
     _write_scores(options, start.groups, found)
@@ -94,7 +101,12 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"train": train, "score": score, "import": import_head}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "score": score,
+    "import": import_head,
+    "export": export_head,
+}
 
 
 # ---------------------------------------------------------------- training

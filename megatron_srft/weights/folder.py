@@ -113,6 +113,7 @@ def write_hf_folder(
     source: HfFolder,
     write: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    config: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder: the tensors, and source's config (with the tensors' dtype), tokenizer and companions.
 
@@ -122,6 +123,7 @@ def write_hf_folder(
     Args:
         tensors: may be a collective iterator; it is exhausted in every case.
         write: False on the ranks that only take part in the iteration.
+        config: entries of config.json that differ from source's.
 
     Raises:
         ValueError: `target` exists and is not a model folder.
@@ -136,7 +138,7 @@ def write_hf_folder(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             dtype = _write_weights(partial, stream, max_shard_bytes)
-            _write_rest(partial, source, dtype)
+            _write_rest(partial, source, dtype, config or {})
             _swap(partial, target)
     finally:
         # Other ranks wait in the collectives behind the iterator, whatever happened to the writing here.
@@ -190,9 +192,9 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) ->
     return list(tensors)
 
 
-def _write_rest(folder: Path, source: HfFolder, dtype: torch.dtype) -> None:
+def _write_rest(folder: Path, source: HfFolder, dtype: torch.dtype, changes: dict[str, Any]) -> None:
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-    _write_json(folder / CONFIG, source.config | {key: str(dtype).removeprefix("torch.")})
+    _write_json(folder / CONFIG, source.config | {key: str(dtype).removeprefix("torch.")} | changes)
     for file in source.companions():
         shutil.copyfile(file, folder / file.name)
 
