@@ -91,6 +91,8 @@ class Endpoint(ThreadingHTTPServer):
 
     def answer(self, path: str, body: dict) -> dict:
         match path:
+            case "/kill":
+                threading.Thread(target=self.kill).start()
             case "/update_weight_version":
                 self.version = body["new_version"]
             case "/start_weight_update":

@@ -32,6 +32,7 @@ from vllm_runs import (
 from megatron_srft import config as configuration
 from megatron_srft.config import RunConfig, SamplingConfig
 from megatron_srft.rollout import load_local_engine
+from megatron_srft.rollout import vllm_routes as routes
 from megatron_srft.rollout.vllm_http import Server, ServerFailed
 from megatron_srft.rollout.vllm_server import VllmServerEngine
 from megatron_srft.train import train
@@ -176,6 +177,12 @@ def train_on_servers(path: Path, doomed: Served | None) -> None:
     parallel.stop()
 
 
+def versions_of(served: Served, config: RunConfig) -> list[str]:
+    """What a server says of its weights in an answer."""
+    body = routes.request_body([5, 6, 7], 1, config.rollout, [1])
+    return routes.read_answer(Server(served.url, 60.0).post("/inference/v1/generate", body))[1]
+
+
 def _disturb(run: Any, doomed: Served) -> None:
     draw, generate = run.next_prompts, run.sampler.engine.generate
 
@@ -183,6 +190,7 @@ def _disturb(run: Any, doomed: Served) -> None:
         if run.step == 3:
             doomed.start()
             doomed.wait()
+            doomed.log.with_suffix(".versions").write_text(" ".join(versions_of(doomed, run.config)))
         return draw()
 
     def generating(requests: list, sampling: Any) -> list:

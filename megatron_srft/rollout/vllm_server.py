@@ -91,6 +91,10 @@ class VllmServerEngine:
         self.policy_version: int | None = None
         self.syncs = self.resent = 0
         self.dropped: set[str] = set()
+        """Since the last `take_metrics`."""
+        self.counted: set[str] = set()
+        """Dropped, counted, and not back yet; the same on every rank. One that has not used a server since it died
+        learns of it in the next sync."""
         self.launched: Launched | None = None
         self._wait_for_servers()
 
@@ -316,8 +320,11 @@ class VllmServerEngine:
         own = (self.resent, self.dropped, {server.url for server in self.live})
         self.resent, self.dropped = 0, set()
         everyone = distributed.all_gather_objects(own, self.world)
+        dropped = set().union(*(dropped for _, dropped, _ in everyone))
+        live = set.intersection(*(live for _, _, live in everyone))
+        new, self.counted = dropped - self.counted, (self.counted | dropped) - live
         return {
-            "count/servers": len(set.intersection(*(live for _, _, live in everyone))),
-            "count/servers_dropped": len(set().union(*(dropped for _, dropped, _ in everyone))),
+            "count/servers": len(live),
+            "count/servers_dropped": len(new),
             "count/requests_resent": sum(resent for resent, _, _ in everyone),
         }

@@ -1,6 +1,7 @@
 """The engine on servers against servers that speak vLLM's routes without vLLM: what is sent where, and every fault that
 needs no real one. tests/rollout/vllm/test_server.py does the rest with real servers."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from megatron_srft.config.rollouts import VllmServerRolloutConfig
 from megatron_srft.rollout import Request, build_engine, serve, vllm_server, vllm_wire
 from megatron_srft.rollout.engine import RolloutError
 from megatron_srft.rollout.vllm_common import SyncError, seed
+from megatron_srft.rollout.vllm_http import ServerFailed
 from megatron_srft.sample import Prompt
 from megatron_srft.weights.folder import HfFolder
 
@@ -381,7 +383,8 @@ def test_weights_that_are_missing_are_named_and_nothing_hangs(model, weights, en
 
 
 def two_ranks(model, urls):
-    """Two syncs, of which one server does not survive the first, and each rank's own requests in between."""
+    """Two syncs, of which one server does not survive the first; each rank's own requests, then those of rank 0 alone
+    while another server dies."""
     dist.init_process_group("gloo")
     rank, folder = dist.get_rank(), HfFolder(model)
     rollout = VllmServerRolloutConfig(servers=tuple(urls), max_response_tokens=6, max_concurrent_requests=3)
@@ -394,6 +397,14 @@ def two_ranks(model, urls):
     found["right"] = tokens(engine.generate(share, SAMPLING)) == expected(share)
     found["metrics"] = engine.take_metrics()
     found["versions"] = {server.version for server in engine.live}
+    if rank == 0:
+        with contextlib.suppress(ServerFailed):
+            engine.servers[2].post("/kill")
+        more = requests_for(prompts=5)
+        found["right"] &= tokens(engine.generate(more, SAMPLING)) == expected(more)
+    found["later"] = [engine.take_metrics()]
+    engine.update_weights(((name, folder.tensor(name)) for name in folder.shapes()), 1)
+    found["later"].append(engine.take_metrics())
     dist.destroy_process_group()
     return found
 
@@ -405,12 +416,15 @@ def test_ranks_feed_different_servers_and_agree_on_which_are_left(model, weights
     assert first["fed"] == [servers[0].url, servers[2].url] and second["fed"] == [servers[1].url]
     assert first["dead"] == second["dead"] == [servers[1].url]
     assert first["right"] and second["right"]
-    assert answered(*servers).total() == 32
+    assert len(answered(*servers)) == 32
     assert max(server.most_busy for server in servers) <= 2, "3 at a time are 1 of each rank"
     assert first["metrics"] == second["metrics"] == {
         "count/servers": 2, "count/servers_dropped": 1, "count/requests_resent": 0,
     }  # fmt: skip
     assert first["versions"] == second["versions"] and len(first["versions"]) == 1
+    assert first["later"] == second["later"], "counted once, though rank 1 learns of it in the sync"
+    assert [step["count/servers_dropped"] for step in first["later"]] == [1, 0]
+    assert [step["count/servers"] for step in first["later"]] == [1, 1]
 
 
 # ---------------------------------------------------------------- the start

@@ -26,7 +26,7 @@ from vllm_server_runs import (
 
 from megatron_srft import config as configuration
 from megatron_srft.metrics import read_metrics
-from megatron_srft.rollout import load_dump, vllm_server
+from megatron_srft.rollout import load_dump, vllm_routes, vllm_server
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +84,12 @@ def found(servers, path, folder):
     found["other model"] = other_model(folder, second)
 
     spawn(2, train_on_servers, path, None)
+    ahead = {
+        "steps: 5": "steps: 3",
+        "  dump_every: 1": "  steps_ahead: 1",
+        "parity:": "parity:\n  correction: truncate",
+    }
+    spawn(2, train_on_servers, renamed(folder, path, "ahead", ahead), None)
 
     # Stopped: in the midst of a sync, then in the midst of generation.
     stopped = engine_for(config, server_timeout=15.0, bucket_bytes=SMALL)
@@ -98,9 +104,8 @@ def found(servers, path, folder):
     first.signal(signal.SIGCONT)
 
     # Killed in the midst of generation of a run, and started anew; then in the midst of a sync.
-    one.update_weights(weights_of(config), 5)
-    spawn(2, train_on_servers, disturbed(folder, path), first)
-    found["stale"] = message(one.generate, many, config.rollout)
+    spawn(2, train_on_servers, renamed(folder, path, "disturbed"), first)
+    found["fresh"] = first.log.with_suffix(".versions").read_text()
     killed = engine_for(config, bucket_bytes=SMALL)
     killed.update_weights(acting(weights_of(config), 9, lambda: second.signal(signal.SIGKILL)), 7)
     found["killed in a sync"] = state(killed), plain(killed.generate(many, config.rollout))
@@ -131,11 +136,14 @@ def other_model(folder, server):
     return message(engine_for, configuration.load(path))
 
 
-def disturbed(folder, path):
-    """The same run under another name."""
-    text = path.read_text().replace("name: calm", "name: disturbed")
-    (folder / "disturbed.yaml").write_text(text)
-    return folder / "disturbed.yaml"
+def renamed(folder, path, name, changes=()):
+    """The same run under another name, with changes of its text."""
+    text = path.read_text()
+    for old, new in {"name: calm": f"name: {name}", **dict(changes)}.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
 
 
 def without_version(completions):
@@ -197,6 +205,13 @@ def test_a_server_killed_in_generation_and_started_anew_changes_nothing_but_the_
         assert calm[step]["grad_norm"] == pytest.approx(disturbed[step]["grad_norm"], rel=1e-3, abs=1e-6)
 
 
+def test_a_run_samples_a_step_ahead_on_servers(folder, found):
+    steps = steps_of(folder, "ahead")
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    assert all(line["ahead/seconds"] > 0 for line in steps[1:])
+    assert all(line["count/servers"] == 2 for line in steps)
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -235,8 +250,9 @@ def test_weights_of_another_run_are_found(found):
     assert found["foreign"].startswith("RolloutError") and "another run sends its weights" in found["foreign"]
 
 
-def test_a_server_without_weights_is_not_used(found):
-    assert found["stale"].startswith("RolloutError") and "it was started anew, and has no weights" in found["stale"]
+def test_a_server_that_was_started_anew_says_that_it_has_no_weights(found):
+    """tests/rollout/test_vllm_server.py shows what is done about it."""
+    assert found["fresh"] == vllm_routes.FRESH
 
 
 def test_a_server_of_another_model_is_refused(found):
