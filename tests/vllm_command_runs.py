@@ -7,6 +7,8 @@ from pathlib import Path
 from vllm_runs import prepare_process
 
 from megatron_srft import cli
+from megatron_srft import config as configuration
+from megatron_srft.evaluate import evaluate_folder
 
 
 def told(*arguments: object) -> tuple[int, str]:
@@ -27,6 +29,8 @@ def commands(folder: Path) -> dict[str, tuple[int, str]]:
     local = [*config, "--engine", "local", "--json", folder / "local.json"]
     classified = [*config, "--engine", "vllm", "--output", folder / "classified.jsonl"]
     of_checkpoint = [*config, "--hf-model", model, "--json", folder / "checkpoint.json"]
+    found = evaluate_folder(model, configuration.load(folder / "config.yaml", [f"evaluation.files=[{problems}]"]))
+    found.write_json(folder / "library.json")
     return {
         "generate": told("generate", model, problems, *sampled, head),
         "score": told("reward", "score", model, head, dump, *config, "--output", folder / "scores.jsonl"),

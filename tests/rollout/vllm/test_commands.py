@@ -86,8 +86,9 @@ def test_best_of_n_takes_the_scores_of_its_own_head_alone(said):
 
 def test_greedy_answers_are_those_of_the_local_engine_also_from_a_checkpoint(folder, said):
     assert said["checkpoint"][0] == 0, said["checkpoint"]
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("local", "vllm", "checkpoint")}
-    assert found["vllm"] == found["checkpoint"] == found["local"]
+    names = ("local", "vllm", "checkpoint", "library")
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    assert found["vllm"] == found["checkpoint"] == found["local"] == found["library"]
     assert len({answer["response"] for answer in found["vllm"]["greedy_answers"]["problems"]}) > 1
 
 
