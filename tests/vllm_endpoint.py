@@ -54,8 +54,9 @@ class Endpoint(ThreadingHTTPServer):
         self.calls: list[str] = []
         """Paths, in order."""
         self.busy = self.most_busy = 0
-        self.on_generate = self.on_update = lambda endpoint: None
-        """Called before an answer, and in the middle of an update; may misbehave."""
+        self.on_generate = self.on_update = self.on_pause = lambda endpoint: None
+        """Called before an answer, in the middle of an update, and when it is paused; may misbehave."""
+        self.finish_reason = "stop"
         self.corrupted: str | None = None
         """A tensor that changes on its way."""
         self.silent = threading.Event()
@@ -93,6 +94,8 @@ class Endpoint(ThreadingHTTPServer):
         match path:
             case "/kill":
                 threading.Thread(target=self.kill).start()
+            case "/pause":
+                self.on_pause(self)
             case "/update_weight_version":
                 self.version = body["new_version"]
             case "/start_weight_update":
@@ -124,9 +127,11 @@ class Endpoint(ThreadingHTTPServer):
         choice = {
             "token_ids": tokens,
             "logprobs": {"content": [{"token_id": token, "logprob": -0.5} for token in tokens]},
-            "finish_reason": "stop",
+            "finish_reason": self.finish_reason,
             "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
         }
+        if self.finish_reason == "abort":
+            choice |= {"token_ids": [], "logprobs": {"content": []}, "weight_versions": None}
         return {"choices": [choice], "prompt_token_ids": prompt, "request_id": "r"}
 
     def srft_settings(self) -> dict:

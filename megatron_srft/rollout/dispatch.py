@@ -73,6 +73,8 @@ class Dispatch:
         with self.changed:
             self.changed.wait_for(lambda: self.over)
         if self.error is not None:
+            for server in self.servers:
+                server.cut_calls()  # the servers then end these requests
             raise self.error
         return self.answers
 
@@ -81,7 +83,7 @@ class Dispatch:
         return self.left == 0 or self.error is not None
 
     def stop(self, error: BaseException) -> None:
-        """End everything with this error; calls in flight are left to themselves."""
+        """End everything with this error."""
         with self.changed:
             self.error = self.error or error
             self.changed.notify_all()
@@ -123,6 +125,8 @@ class Dispatch:
             try:
                 answer = self.ask(server, number)
             except ServerFailed as failure:
+                if self.over:  # what becomes of the server now is not this dispatch's concern
+                    return
                 self._failed(server, number, failure)
             except BaseException as error:
                 self.stop(error)
@@ -170,7 +174,7 @@ class Dispatch:
     def drop(self, server: Server, reason: str) -> None:
         """Take a server out; the others get its requests."""
         with self.changed:
-            if server not in self.waiting:
+            if server not in self.waiting or self.over:
                 return
             groups = self.waiting.pop(server)
             self.dropped[server.url] = reason

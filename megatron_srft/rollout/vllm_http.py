@@ -59,6 +59,7 @@ class Server:
         self.lock = threading.Lock()
         self.idle: list[http.client.HTTPConnection] = []
         self.busy: set[http.client.HTTPConnection] = set()
+        self.cuts = 0
 
     # ------------------------------------------------------------ calls
 
@@ -105,8 +106,11 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         kept = self._kept(timeout) if repeatable else None
         if kept is not None:
+            cuts = self.cuts
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self._over(kept, method, path, data, timeout, repeatable)
+            if self.cuts != cuts:
+                raise ServerFailed(f"{path}: given up")
         fresh = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         try:
             fresh.connect()
@@ -159,14 +163,20 @@ class Server:
     # ------------------------------------------------------------ life and death
 
     def drop(self, reason: str) -> None:
-        """Use it no more; calls that wait for its answer fail at once, in their own threads."""
+        """Use it no more; see also `cut_calls`."""
         with self.lock:
             self.dead = reason
+        self.cut_calls()
+        self.forget_connections()
+
+    def cut_calls(self) -> None:
+        """Calls that wait for an answer fail at once, in their own threads."""
+        with self.lock:
+            self.cuts += 1
             for connection in self.busy:
                 if connection.sock is not None:
                     with contextlib.suppress(OSError):
                         connection.sock.shutdown(socket.SHUT_RDWR)
-        self.forget_connections()
 
     def forget_connections(self) -> None:
         """Close those that nobody uses."""

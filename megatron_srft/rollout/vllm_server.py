@@ -294,9 +294,9 @@ class VllmServerEngine:
             answer, versions = routes.read_answer(given)
         except (KeyError, TypeError, ValueError) as error:
             raise ServerFailed(f"its answer cannot be read: {error!r}") from None
-        self._check_versions(server, versions)
         if answer.finish_reason not in ("stop", "length"):
             raise ServerFailed(f"it gave up on a request (finish reason {answer.finish_reason})")
+        self._check_versions(server, versions)
         check_answer(request, answer)
         return answer
 

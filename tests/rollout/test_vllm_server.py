@@ -318,6 +318,28 @@ def test_two_runs_on_one_server_are_told(model, weights, endpoints):
         first.generate(requests_for(), SAMPLING)
 
 
+def test_requests_that_an_error_left_behind_do_not_disturb_the_next_sync(model, weights, endpoints):
+    """The sync aborts them; what their threads make of that must not take the server out."""
+    (foreign, busy), gate = endpoints(2), threading.Event()
+    engine = make_engine(model, [foreign, busy])
+    engine.update_weights(weights.items(), 0)
+    foreign.version = "other:1"
+    foreign.on_generate = lambda endpoint: time.sleep(0.3)  # until the other one has begun
+    busy.on_generate = lambda endpoint: gate.wait()
+
+    def abort(endpoint):
+        endpoint.finish_reason = "abort"
+        gate.set()
+        time.sleep(1)  # their threads come first
+
+    busy.on_pause = abort
+    with pytest.raises(RolloutError, match="another run"):
+        engine.generate(requests_for(), SAMPLING)
+    assert busy.busy > 0
+    engine.update_weights(weights.items(), 1)
+    assert [server.dead for server in engine.servers] == [None, None]
+
+
 # ---------------------------------------------------------------- faults in a sync
 
 
