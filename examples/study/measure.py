@@ -59,6 +59,7 @@ def entropy_and_nll(
 
 def measure(model_folder: Path, data: Path, max_new_tokens: int, seed: int = 0) -> dict[str, float]:
     """sampled/<file>, length/<file>, entropy/<file> of own samples, and entropy/demonstrations, nll/demonstrations."""
+    torch.set_num_threads(1)  # two for so small a model wait for each other, ten times as long on a busy machine
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
