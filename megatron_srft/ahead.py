@@ -8,7 +8,6 @@ config/checks.py demands a correction. Whatever gives the engine other weights w
 does not depend on how long anything takes, and a checkpoint holds them.
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,35 +17,11 @@ import numpy as np
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, SamplingConfig
 from megatron_srft.rollout import RolloutEngine, Share, assemble, from_lines, to_lines
+from megatron_srft.rollout.background import Call
 from megatron_srft.sample import Completion, Group, Prompt
 
 ARRAY = "rollouts_ahead"
 """Under which name a checkpoint has them: the JSON lines of a rollout dump, as bytes."""
-
-
-class _Sampling(threading.Thread):
-    """An engine at work on one rank's share; nothing else may ask it, or change its weights, until it is done."""
-
-    def __init__(self, engine: RolloutEngine, share: Share, sampling: SamplingConfig):
-        super().__init__(name="sampling ahead", daemon=True)
-        self.engine, self.share, self.sampling = engine, share, sampling
-        self.completions: list[Completion] = []
-        self.error: BaseException | None = None
-        self.seconds = 0.0
-
-    def run(self) -> None:
-        begun = time.perf_counter()
-        try:
-            self.completions = self.engine.generate(self.share.requests, self.sampling) if self.share.requests else []
-        except BaseException as error:  # it is raised where the completions are waited for
-            self.error = error
-        self.seconds = time.perf_counter() - begun
-
-    def wait(self) -> list[Completion]:
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.completions
 
 
 class RolloutsAhead:
@@ -54,7 +29,8 @@ class RolloutsAhead:
 
     def __init__(self, world: distributed.Group):
         self.world = world
-        self.sampling: _Sampling | None = None
+        self.sampling: tuple[Share, Call] | None = None
+        """What the engine is at work on; nothing else may ask it, or change its weights, until it is done."""
         self.groups: list[Group] | None = None
         self.seconds = 0.0
         self.taken: dict[str, float] = {}
@@ -62,8 +38,13 @@ class RolloutsAhead:
     def launch(self, engine: RolloutEngine, share: Share, sampling: SamplingConfig) -> None:
         """Begin to sample this rank's share in the background, with the weights that the engine has now."""
         assert self.sampling is None and self.groups is None, "the completions before have not been taken"
-        self.sampling = _Sampling(engine, share, sampling)
-        self.sampling.start()
+        begun = time.perf_counter()
+
+        def sample() -> tuple[list[Completion], float]:
+            completions = engine.generate(share.requests, sampling) if share.requests else []
+            return completions, time.perf_counter() - begun
+
+        self.sampling = (share, Call(sample))
 
     def settle(self) -> None:
         """Wait until the engine is idle, and gather what it sampled. Collective.
@@ -72,9 +53,9 @@ class RolloutsAhead:
             RolloutError, ValueError: what `generate` raises.
         """
         if self.sampling is not None:
-            sampling, self.sampling = self.sampling, None
-            self.groups = assemble(sampling.share, sampling.wait(), self.world)
-            self.seconds = sampling.seconds
+            (share, call), self.sampling = self.sampling, None
+            completions, self.seconds = call.result()
+            self.groups = assemble(share, completions, self.world)
 
     def take(self, prompts: Sequence[Prompt]) -> list[Group] | None:
         """The groups of these prompts, once; None where nothing was sampled ahead. Collective.
