@@ -49,6 +49,7 @@ class Endpoint(ThreadingHTTPServer):
             "vllm": "0.32.0",
         } | settings
         self.version, self.weights, self.incoming = "default", {}, {}
+        self.failure: str | None = None
         self.asked: Counter = Counter()
         """How often each (prompt, seed) was answered."""
         self.calls: list[str] = []
@@ -99,9 +100,12 @@ class Endpoint(ThreadingHTTPServer):
             case "/update_weight_version":
                 self.version = body["new_version"]
             case "/start_weight_update":
-                self.incoming = {}
+                self.incoming, self.failure = {}, None
             case "/update_weights":
-                self.take_weights(body["update_info"])
+                try:
+                    self.take_weights(body["update_info"])
+                except Exception as error:
+                    self.failure = f"{type(error).__name__}: {error}"
             case "/finish_weight_update":
                 self.weights, self.version = self.incoming, body["weight_version"]
             case "/reset_prefix_cache":
@@ -139,6 +143,9 @@ class Endpoint(ThreadingHTTPServer):
 
     def srft_prepare(self) -> None:
         return None
+
+    def srft_failure(self) -> dict:
+        return {"failure": self.failure}
 
     def srft_parts(self) -> list[dict]:
         shapes = {name: tensor.shape for name, tensor in self.weights.items()} or self.settings["shapes"]

@@ -33,8 +33,10 @@ from megatron_srft import config as configuration
 from megatron_srft.config import RunConfig, SamplingConfig
 from megatron_srft.rollout import load_local_engine
 from megatron_srft.rollout import vllm_routes as routes
+from megatron_srft.rollout.background import Call
 from megatron_srft.rollout.vllm_http import Server, ServerFailed
 from megatron_srft.rollout.vllm_server import VllmServerEngine
+from megatron_srft.rollout.vllm_wire import Outlet, buckets
 from megatron_srft.train import train
 from megatron_srft.weights.folder import HfFolder
 
@@ -160,6 +162,21 @@ def acting(weights: list[tuple[str, torch.Tensor]], number: int, action: Callabl
         if i == number:
             action()
         yield pair
+
+
+def half_an_update(served: Served, weights: list[tuple[str, torch.Tensor]], count: int) -> list[dict[str, str | None]]:
+    """What a trainer leaves that dies when it has sent `count` tensors; returns what the workers say of it."""
+    server = Server(served.url, 60.0)
+    server.post("/pause?mode=abort")
+    server.post("/start_weight_update")
+    outlet = Outlet("127.0.0.1", 1, 60.0)
+    taken = Call(lambda: server.post("/update_weights", {"update_info": outlet.invitation | {"timeout": 60.0}}))
+    outlet.accept()
+    for bucket in buckets(weights[:count], 1 << 20):
+        outlet.send(bucket)
+    outlet.close()
+    taken.result()
+    return server.call_workers("srft_failure")
 
 
 def train_on_servers(path: Path, doomed: Served | None) -> None:

@@ -136,14 +136,22 @@ class Feed:
                     outlet.send(item)
                 outlet.end(item)
             except WireError:
-                if taken.over.wait(STEP_SECONDS) and taken.failed:
-                    taken.result()  # the server's own words say more
+                if taken.over.wait(STEP_SECONDS):  # the server's own words say more
+                    taken.result()
+                    self._check_taken()
                 raise
             if not taken.over.wait(self.server.timeout):
                 raise ServerLost(f"it has not taken the weights {self.server.timeout:g} s after the last one was sent")
             taken.result()
+            self._check_taken()
         finally:
             outlet.close()
+
+    def _check_taken(self) -> None:
+        """Raises ServerFailed when a worker says that it does not have the weights."""
+        for number, worker in enumerate(self.server.call_workers("srft_failure")):
+            if worker["failure"] is not None:
+                raise ServerFailed(f"worker {number} did not get the weights: {worker['failure']}")
 
     def _next(self) -> Any:
         while True:

@@ -1,5 +1,6 @@
 """Everything this project knows of vLLM's interfaces from outside: versions, starting, sampling, calls of its workers.
-What it knows of a worker's insides stands in vllm_worker.py. No other file imports vllm; both do only inside functions.
+What it knows of servers stands in vllm_routes.py, of a worker's insides in vllm_worker.py and vllm_server_worker.py.
+vllm is imported only inside functions, but for the last, which vLLM itself imports.
 
 `SUPPORTED` are the versions it was written against; `tests/rollout/vllm/test_interface.py` holds `CONTRACT` against the
 one that is installed.

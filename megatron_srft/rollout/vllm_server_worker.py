@@ -49,14 +49,24 @@ class TcpEngine(WeightTransferEngine):
     def init_transfer_engine(self, init_info: Init) -> None:
         pass
 
+    failure: str | None = None
+    """Why the latest update did not arrive."""
+
     def start_weight_update(self) -> None:
+        self.failure = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Raises nothing: when several workers raise in one call, vLLM (0.32) takes the second one's answer for that to
+        the next call, and so on for ever. `srft_failure` tells.
+        """
         # The base class goes on to wait for an accelerator, which a CPU build does not have.
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
 
     def receive_weights(self, update_info: Update) -> None:
         tensors = vllm_wire.receive(update_info.host, update_info.port, update_info.token, update_info.timeout)
@@ -102,6 +112,10 @@ class ServerWorkerExtension(WorkerExtension):
                 finalize_layerwise_reload(model, self.model_config)
         self.weight_transfer_engine.reset_weight_update_target()
         self._weight_update_active = False
+
+    def srft_failure(self) -> dict[str, str | None]:
+        """Why the latest weights did not arrive, if they did not."""
+        return {"failure": getattr(self.weight_transfer_engine, "failure", None)}
 
     def srft_parts(self) -> list[dict[str, Any]]:
         """What this worker's layers hold, see `Held`; slices as [start, stop]."""

@@ -382,7 +382,7 @@ def test_a_server_whose_worker_fails_says_why(model, weights, endpoints):
     doomed.on_update = fail
     engine = make_engine(model, [doomed, other])
     engine.update_weights(weights.items(), 0)
-    assert "MemoryError: no room for weights" in engine.servers[0].dead
+    assert "worker 0 did not get the weights: MemoryError: no room for weights" in engine.servers[0].dead
 
 
 def test_checksums_name_the_tensor_and_the_server(model, weights, endpoints):
