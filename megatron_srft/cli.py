@@ -158,7 +158,11 @@ def best_of_n(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
 def _answer_options(parser: argparse.ArgumentParser) -> None:
     """What `model_options.answer_settings` reads."""
-    parser.add_argument("--engine", choices=("local", "vllm"), help="what samples (default: the config's rollout.kind)")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "vllm", "vllm_server"),
+        help="what samples (default: vllm where the config's rollout.kind is vllm, else local)",
+    )
     parser.add_argument("--max-response-tokens", type=int, help="longest answer")
     parser.add_argument("--reward", choices=("math", "exact"), help="how answers are verified (default: math)")
     parser.add_argument("--answer-after", default="", help="the answer stands behind the last occurrence of this text")

@@ -199,10 +199,7 @@ def evaluate_folder(
         VerifierError: the rewards' self-test fails.
     """
     require(bool(config.evaluation.files), "evaluation.files names no file to evaluate on")
-    kinds = ("local", "vllm")
-    require(
-        config.rollout.kind in kinds, "rollout.kind must be local or vllm for an evaluation; a replay cannot answer"
-    )
+    require(config.rollout.kind != "replay", "rollout.kind replay cannot answer in an evaluation; set it to local")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model_folder)))
     tokenizer = load_tokenizer(config.model)
     datasets = load_held_out(config, tokenizer)
@@ -229,7 +226,7 @@ def answering(
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     with Scorer(config.resolved().rewards) as scorer:
         scorer.self_test()
-        if config.rollout.kind == "vllm":
+        if config.rollout.kind != "local":
             with distributed.joined(device):
                 engine = load_vllm_engine(config, tokenizer, device, world, weights, head)
                 yield engine, scorer

@@ -17,6 +17,7 @@ from megatron_srft.config import (
     RewardConfig,
     RunConfig,
     as_local,
+    as_servers,
     as_vllm,
 )
 from megatron_srft.convert import checkpoint_model, run_config
@@ -36,8 +37,9 @@ def answer_settings(options: argparse.Namespace) -> RunConfig:
         ConfigError: an option has an impossible value.
     """
     config = _file_settings(options)
+    # Servers only when they are named: a run may be using them, and would end when they get other weights.
     kind = options.engine or ("vllm" if config.rollout.kind == "vllm" else "local")
-    rollout = as_vllm(config.rollout) if kind == "vllm" else as_local(config.rollout)
+    rollout = {"local": as_local, "vllm": as_vllm, "vllm_server": as_servers}[kind](config.rollout)
     if options.max_response_tokens is not None:
         rollout = replace(rollout, max_response_tokens=options.max_response_tokens)
     rewards = config.rewards if options.reward is None else (reward(options),)

@@ -38,6 +38,7 @@ from megatron_srft.config.rollouts import (
     VllmRolloutConfig,
     VllmServerRolloutConfig,
     as_local,
+    as_servers,
     as_vllm,
 )
 from megatron_srft.config.run import (
@@ -125,6 +126,7 @@ __all__ = [
     "VllmRolloutConfig",
     "VllmServerRolloutConfig",
     "as_local",
+    "as_servers",
     "as_vllm",
     "from_dict",
     "load",

@@ -252,6 +252,11 @@ class VllmServerRolloutConfig(SamplingConfig):
         _check_native(self.vllm, SERVER_RESERVED)
 
     @property
+    def max_concurrent_sequences(self) -> int:
+        """Completions that all servers sample at a time."""
+        return self.max_concurrent_requests * len(self.servers)
+
+    @property
     def transfer_engine(self) -> str:
         """Name of the weight transfer engine that servers are started with."""
         return "nccl" if self.transfer == "nccl" else "srft_tcp"
@@ -265,6 +270,15 @@ def as_local(rollout: SamplingConfig) -> LocalRolloutConfig:
 def as_vllm(rollout: SamplingConfig) -> VllmRolloutConfig:
     """vLLM with another engine's sampling."""
     return _as(VllmRolloutConfig, rollout)
+
+
+def as_servers(rollout: SamplingConfig) -> VllmServerRolloutConfig:
+    """Raises ConfigError when it is another engine's: nothing else names servers."""
+    require(
+        isinstance(rollout, VllmServerRolloutConfig),
+        "--engine vllm_server needs --config with rollout.kind vllm_server, which names the servers",
+    )
+    return rollout
 
 
 def _as(kind: type, rollout: SamplingConfig) -> Any:

@@ -86,19 +86,19 @@ def load_vllm_engine(
     world: distributed.Group,
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
     head: RewardHead | None = None,
-) -> vllm.VllmEngine:
-    """vLLM with the weights of the folder config.model.path, or those given, as policy version 0. Collective;
-    torch.distributed must have been started.
+) -> vllm.VllmEngine | vllm_server.VllmServerEngine:
+    """vLLM, in these processes or on servers, with the weights of the folder config.model.path or those given, as
+    policy version 0. Collective; torch.distributed must have been started.
 
     Args:
-        head: scores what is sampled.
+        head: scores what is sampled; not on servers.
 
     Raises:
         ValueError: the folder or vLLM's arguments are wrong, or the head is not one for these weights and prompts.
     """
-    vllm.check_engine(config, distributed.size(world))
+    check_engine(config, distributed.size(world))
     folder = _model_folder(config.model)
-    engine = vllm.VllmEngine(config, tokenizer, world, scored=head is not None)
+    engine = build_engine(config, tokenizer, device, world, scored=head is not None)
     watch = WeightsWatch()
     tensors = (
         _weights_of(folder, engine.shapes, getattr(torch, config.model.dtype), device) if weights is None else weights

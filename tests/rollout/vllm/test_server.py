@@ -7,6 +7,7 @@ what it found. What needs no vLLM is in tests/rollout/test_vllm_server.py.
 
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from vllm_server_runs import (
 )
 
 from megatron_srft import config as configuration
+from megatron_srft.config import as_local
+from megatron_srft.evaluate import evaluate_folder
 from megatron_srft.metrics import read_metrics
 from megatron_srft.rollout import load_dump, vllm_routes, vllm_server
 
@@ -77,6 +80,7 @@ def found(servers, path, folder):
     found["answers"] = first_answers(both, config)
     found["many"] = plain(both.generate(many, config.rollout))
     found["unlike"] = both.unlike(weights_of(config)), both.unlike(weights_of(config, 1.01))
+    found["evaluated"] = [evaluated(each) for each in (config, replace(config, rollout=as_local(config.rollout)))]
     one = engine_for(config, servers=(first.url,))
     one.update_weights(weights_of(config), 0)
     found["one server"] = plain(one.generate(requests_for(make_prompts()), config.rollout))
@@ -119,6 +123,12 @@ def found(servers, path, folder):
 def state(engine):
     """Which servers are in use, why the others are not, and the figures."""
     return [server.dead for server in engine.servers], engine.take_metrics()
+
+
+def evaluated(config):
+    """The command's evaluation of the run's own problems, without a run."""
+    problems = replace(config.evaluation, files=config.data.train)
+    return evaluate_folder(config.model.path, replace(config, evaluation=problems))
 
 
 def corrupted(engine, config):
@@ -170,6 +180,12 @@ def test_they_are_the_local_engines_token_for_token(found, kind):
 
 def test_the_number_of_servers_changes_nothing(found):
     assert found["answers"]["plain"] == found["one server"]
+
+
+def test_an_evaluation_on_servers_is_that_of_the_local_engine(found):
+    by_servers, by_local = found["evaluated"]
+    assert by_servers.greedy_answers == by_local.greedy_answers
+    assert by_servers.files == by_local.files
 
 
 def test_checksums_and_weights_agree(found):
