@@ -50,4 +50,4 @@ def test_vllm_understands_the_servers_command_line(tmp_path):
         **NATIVE,
     }
     assert {name: getattr(parsed, name) for name in wanted} == wanted
-    assert parsed.weight_transfer_config["backend"] == "srft_tcp"
+    assert parsed.weight_transfer_config.backend == "srft_tcp"
