@@ -64,8 +64,12 @@ class Served:
             process = subprocess.Popen(
                 [*line, *self.overrides], stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self.group = process.pid
-        """Of the processes of this server; survives pickling, unlike the process."""
+        self.log.with_suffix(".group").write_text(str(process.pid))
+
+    @property
+    def group(self) -> int:
+        """Number of the process group; in a file, since another process may have started the server anew."""
+        return int(self.log.with_suffix(".group").read_text())
 
     def wait(self) -> "Served":
         deadline = time.monotonic() + START_SECONDS
