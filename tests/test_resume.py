@@ -286,6 +286,22 @@ def test_a_write_that_fails_loses_nothing(srft):
     srft.assert_as_uninterrupted("limit")
 
 
+def test_a_disk_that_is_full_when_rollouts_are_dumped(srft):
+    """Step 2 cannot be dumped: the run ends with the file's name, and goes on from step 1 once there is room."""
+    rollouts = srft.runs / "dump" / "rollouts"
+    rollouts.mkdir(parents=True)
+    full = rollouts / "step-000001.jsonl.zst.partial"
+    full.symlink_to("/dev/full")
+    failed = srft.run("dump")
+    assert failed.wait() == 2, failed.output
+    sentence = failed.output.splitlines()[-1]
+    assert "No space left on device" in sentence and str(full.with_suffix("")) in sentence
+    assert "Traceback" not in failed.output
+    assert saved(srft.runs / "dump") == ["step-000001"] and not full.is_symlink()
+    srft.resume("dump")
+    srft.assert_as_uninterrupted("dump")
+
+
 def test_a_write_that_fails_on_one_of_two_ranks_ends_both(srft):
     """Neither waits for the other: the run ends within seconds, not at the collectives' timeout."""
     failed = srft.run("ranks", "parallel.tensor=2", ranks=2, max_file_bytes=100_000)

@@ -21,12 +21,20 @@ def dump_path(folder: Path, step: int) -> Path:
 
 
 def dump(groups: list[Group], path: Path) -> None:
-    """Write groups, with whatever scores they have; the file appears under its name only when it is complete."""
+    """Write groups, with whatever scores they have; the file appears under its name only when it is complete.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     data = to_lines(groups).encode()
-    partial.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+        os.replace(partial, path)
+    except OSError as error:  # a full disk is found while writing, when Python no longer names the file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load_dump(path: Path) -> list[Group]:
