@@ -56,7 +56,7 @@ test-kernels: setup
 
 test-vllm: setup
 	@$(VENV_PYTHON) tools/install_vllm.py
-	@$(VENV_PYTHON) -m pytest tests/rollout/vllm
+	@$(PYTEST) tests/rollout/vllm
 
 kernels: setup
 	@SRFT_NATIVE=1 $(VENV_PYTHON) setup.py build_ext --inplace

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from vllm_runs import write_run
 
 from megatron_srft.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
+psutil = pytest.importorskip("psutil", reason="it comes with vLLM")
 
 STEPS = 6
 GENERATING_SECONDS = 0.3
@@ -38,7 +38,7 @@ class Launch:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def ranks(self) -> list[psutil.Process]:
+    def ranks(self) -> list:
         return [
             p for p in psutil.Process(self.process.pid).children() if "megatron_srft.train" in " ".join(p.cmdline())
         ]
@@ -56,7 +56,7 @@ class Launch:
             for process in self.left_over():
                 process.kill()
 
-    def left_over(self) -> list[psutil.Process]:
+    def left_over(self) -> list:
         """Processes of this launch that live, whoever their parent is by now."""
         found = []
         for process in psutil.process_iter():
