@@ -98,12 +98,12 @@ def optional_packages() -> Iterator[Finding]:
 
 def _vllm() -> Finding:
     """Whether rollout.kind vllm can be used; importing vllm itself would take ten seconds."""
-    from megatron_srft.rollout import vllm_interface
+    from megatron_srft.rollout import vllm_versions
 
-    version = vllm_interface.installed_version()
-    fits = version is None or vllm_interface.SUPPORTED.contains(version, prereleases=True)
+    version = vllm_versions.installed_version()
+    fits = version is None or vllm_versions.SUPPORTED.contains(version, prereleases=True)
     text = version or "not installed"
-    return Finding("vllm", f"{text} (rollout.kind vllm{'' if fits else f', which needs {vllm_interface.SUPPORTED}'})")
+    return Finding("vllm", f"{text} (rollout.kind vllm{'' if fits else f', which needs {vllm_versions.SUPPORTED}'})")
 
 
 def devices() -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """The rollout engine protocol: what the loop and the evaluation ask of anything that samples completions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,3 +85,25 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Give memory back; the engine is of no use afterwards."""
+
+
+LOWER = "lower data.max_prompt_tokens or rollout.max_response_tokens"
+"""What helps in every engine."""
+
+
+def check_lengths(requests: Sequence[Request], max_response_tokens: int, tokens: int, room: str, remedy: str) -> None:
+    """Raises ValueError for a prompt without tokens, or one that leaves too little room for the response.
+
+    Args:
+        tokens: of prompt and response together, at most.
+        room: what they are, for the message.
+    """
+    for request in requests:
+        length = len(request.token_ids)
+        if length == 0:
+            raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
+        if length + max_response_tokens > tokens:
+            raise ValueError(
+                f"prompt {request.prompt.id} has {length} tokens; with rollout.max_response_tokens "
+                f"{max_response_tokens} that exceeds the {room}: {remedy}"
+            )

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from megatron_srft.config import SamplingConfig
 from megatron_srft.rollout.cache import SlotCache
-from megatron_srft.rollout.engine import Request, RolloutError
+from megatron_srft.rollout.engine import LOWER, Request, RolloutError, check_lengths
 from megatron_srft.rollout.sampling import sample, uniforms
 from megatron_srft.sample import Completion
 
@@ -75,7 +75,9 @@ class LocalEngine:
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """See `RolloutEngine`."""
         assert self.policy_version is not None, "update_weights must succeed before generate"
-        check_lengths(requests, sampling.max_response_tokens, self.model.config.max_position_embeddings)
+        positions = self.model.config.max_position_embeddings
+        room, remedy = f"model's {positions} positions (max_position_embeddings)", LOWER
+        check_lengths(requests, sampling.max_response_tokens, positions, room, remedy)
         decoding = Decoding(self, requests, sampling)
         decoding.run()
         check_finite([sampled.logprobs for sampled in decoding.finished], self.policy_version)
@@ -278,20 +280,6 @@ def prefill_chunks(groups: list[list[int]], prompt_length: np.ndarray) -> list[l
             chunks.append([])
         chunks[-1].append(group)
     return chunks
-
-
-def check_lengths(requests: list[Request], max_response_tokens: int, max_positions: int) -> None:
-    """Raises ValueError for a prompt that is empty or leaves too few of the model's positions for the response."""
-    for request in requests:
-        length = len(request.token_ids)
-        if length == 0:
-            raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
-        if length + max_response_tokens > max_positions:
-            raise ValueError(
-                f"prompt {request.prompt.id} has {length} tokens; with rollout.max_response_tokens "
-                f"{max_response_tokens} that exceeds the model's {max_positions} positions "
-                "(max_position_embeddings): lower data.max_prompt_tokens or rollout.max_response_tokens"
-            )
 
 
 def check_finite(logprobs: list[np.ndarray], policy_version: int) -> None:

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from megatron_srft.config import ConfigError, RunConfig, require
-from megatron_srft.rollout import vllm_interface as interface
 from megatron_srft.rollout import vllm_routes as routes
+from megatron_srft.rollout import vllm_versions as versions
 from megatron_srft.rollout.vllm_common import KEY, engine_arguments
 from megatron_srft.weights.architecture import read_architecture
 
@@ -30,8 +30,8 @@ def command(config: RunConfig, host: str, port: int) -> list[str]:
     """
     rollout = config.rollout
     require(rollout.kind == "vllm_server", f"megatron-srft serve needs rollout.kind vllm_server, not {rollout.kind}")
-    interface.require_vllm()
-    interface.check_arguments(rollout.vllm, KEY)
+    versions.require_vllm()
+    versions.check_arguments(rollout.vllm, KEY)
     folder = config.model.path
     hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     arguments = engine_arguments(config, read_architecture(hf_config))

@@ -25,14 +25,15 @@ from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
 from megatron_srft.deadline import Deadline
 from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits, head_fingerprint
 from megatron_srft.rollout import vllm_interface as interface
+from megatron_srft.rollout import vllm_versions as versions
 from megatron_srft.rollout.engine import Request, RolloutError
 from megatron_srft.rollout.vllm_common import (
     KEY,
     SyncError,
     check_answer,
     check_known,
-    check_lengths,
     check_model,
+    check_room,
     engine_arguments,
     mismatch,
     read_model,
@@ -52,8 +53,8 @@ def check_engine(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: vLLM is missing, does not know an argument, or the ranks cannot be shared out.
     """
-    interface.require_vllm()
-    interface.check_arguments(config.rollout.vllm, KEY)
+    versions.require_vllm()
+    versions.check_arguments(config.rollout.vllm, KEY)
     ranks = config.rollout.engine_ranks
     require(
         world_size % ranks == 0,
@@ -228,7 +229,7 @@ class VllmEngine:
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Completion]:
         """See `RolloutEngine`. All ranks of an engine pass the same requests in the same order."""
         assert self.policy_version is not None, "update_weights must succeed before generate"
-        check_lengths(requests, sampling.max_response_tokens, self.max_model_len)
+        check_room(requests, sampling.max_response_tokens, self.max_model_len)
         prompts = [request.token_ids.tolist() for request in requests]
         ends = sorted(self.end_token_ids)
         answers = interface.generate(self.llm, prompts, [seed(request) for request in requests], sampling, ends)

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_srft.config import ConfigError, RunConfig, require
 from megatron_srft.rollout import vllm_interface as interface
+from megatron_srft.rollout import vllm_versions as versions
 from megatron_srft.rollout.vllm_common import check_model
 from megatron_srft.rollout.vllm_http import Refused, Server, ServerFailed
 from megatron_srft.weights.architecture import Architecture
@@ -49,8 +50,8 @@ class Admission:
     def _check(self, server: Server, settings: dict) -> None:
         check_model(self.architecture, settings["hf_config"], "the server")
         version = settings["vllm"]
-        fits = interface.SUPPORTED.contains(version, prereleases=True)
-        require(fits, f"it runs vLLM {version}, and this project knows {interface.SUPPORTED}")
+        fits = versions.SUPPORTED.contains(version, prereleases=True)
+        require(fits, f"it runs vLLM {version}, and this project knows {versions.SUPPORTED}")
         for name, value in self.wanted.items():
             require(
                 settings[name] == value,

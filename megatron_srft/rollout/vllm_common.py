@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from megatron_srft.config import ModelConfig, RunConfig, require
 from megatron_srft.deadline import Deadline
 from megatron_srft.rollout import vllm_interface as interface
-from megatron_srft.rollout.engine import Request, RolloutError
+from megatron_srft.rollout.engine import LOWER, Request, RolloutError, check_lengths
 from megatron_srft.rollout.local import check_finite, end_token_ids
 from megatron_srft.sample import Completion
 from megatron_srft.weights.architecture import Architecture, read_architecture
@@ -96,18 +96,10 @@ def seed(request: Request) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def check_lengths(requests: Sequence[Request], max_response_tokens: int, max_model_len: int) -> None:
-    """Raises ValueError for a prompt without tokens, or one that leaves too little room for the response."""
-    for request in requests:
-        length = len(request.token_ids)
-        if length == 0:
-            raise ValueError(f"prompt {request.prompt.id} has no tokens; give it some text or a chat template")
-        if length + max_response_tokens > max_model_len:
-            raise ValueError(
-                f"prompt {request.prompt.id} has {length} tokens; with rollout.max_response_tokens "
-                f"{max_response_tokens} that exceeds the {max_model_len} tokens that vLLM was started for: "
-                f"raise {KEY}.max_model_len, or lower data.max_prompt_tokens or rollout.max_response_tokens"
-            )
+def check_room(requests: Sequence[Request], max_response_tokens: int, max_model_len: int) -> None:
+    """`check_lengths` for vLLM's room for prompt and response together."""
+    room = f"{max_model_len} tokens that vLLM was started for"
+    check_lengths(requests, max_response_tokens, max_model_len, room, f"raise {KEY}.max_model_len, or {LOWER}")
 
 
 def check_answer(request: Request, answer: interface.Answer) -> None:

@@ -32,7 +32,7 @@ from megatron_srft.rollout.vllm_common import (
     SyncError,
     check_answer,
     check_known,
-    check_lengths,
+    check_room,
     read_model,
     seed,
     to_completions,
@@ -254,7 +254,7 @@ class VllmServerEngine:
         assert self.launched is None, "the completions before have not been gathered"
         if not self.live:
             raise RolloutError("none of rollout.servers is alive")
-        check_lengths(requests, sampling.max_response_tokens, min(server.max_model_len for server in self.live))
+        check_room(requests, sampling.max_response_tokens, min(server.max_model_len for server in self.live))
         ends = sorted(self.end_token_ids)
 
         def ask(server: Server, number: int) -> interface.Answer:

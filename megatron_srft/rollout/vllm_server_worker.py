@@ -20,8 +20,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from megatron_srft.rollout import vllm_wire
-from megatron_srft.rollout.vllm_interface import installed_version
 from megatron_srft.rollout.vllm_routes import TCP
+from megatron_srft.rollout.vllm_versions import installed_version
 from megatron_srft.rollout.vllm_worker import WorkerExtension, _pack_again, _without_warnings
 from megatron_srft.weights.digest import digest
 

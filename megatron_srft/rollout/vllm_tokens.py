@@ -22,6 +22,7 @@ from megatron_srft.config import require
 from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.ops.gated_pooling import gated_mean
 from megatron_srft.rollout import vllm_interface as interface
+from megatron_srft.rollout import vllm_versions as versions
 from megatron_srft.rollout.vllm_common import beside_trainer
 from megatron_srft.sample import TrainingSequence
 from megatron_srft.weights.folder import HfFolder, write_hf_folder
@@ -37,7 +38,7 @@ def check_classifier(head: RewardHead) -> None:
         ConfigError: it is not, or the head reads more than the last layer as it is.
     """
     check_head(head)
-    interface.require_vllm()
+    versions.require_vllm()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     require(ranks == 1, f"vLLM classifies tokens in one process, not in {ranks}; start without torchrun")
 

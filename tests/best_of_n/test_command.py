@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from advantage_cases import completion, group
-from reward_heads import make_head
+from reward_heads import base_of, make_head
 from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_srft import cli
 from megatron_srft.best_of_n_command import stored_scores
 from megatron_srft.config import DataConfig
-from megatron_srft.hidden_reward import BaseModel, head_fingerprint, prompt_fingerprint, save_head, weights_fingerprint
-from megatron_srft.weights.folder import HfFolder
+from megatron_srft.hidden_reward import head_fingerprint, prompt_fingerprint, save_head
 
 QUESTIONS, SAMPLES = 9, 5
 
@@ -38,15 +37,7 @@ def folder(tmp_path_factory):
 
 
 def head_for(model, **changes):
-    folder = HfFolder(model)
-    base = BaseModel(
-        name="tiny",
-        fingerprint=weights_fingerprint((name, folder.tensor(name)) for name in folder.shapes()),
-        num_layers=4,
-        hidden_size=32,
-        vocab_size=len(make_tokenizer()),
-        dtype="float32",
-    )
+    base = base_of(model)
     head = make_head(dataclasses.replace(base, **changes), seed=2)
     form = prompt_fingerprint(DataConfig(), make_tokenizer())
     return dataclasses.replace(head, config=dataclasses.replace(head.config, prompt_format=form))

@@ -5,28 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reward_heads import make_head
+from reward_heads import base_of, make_head
 from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from megatron_srft import cli
 from megatron_srft.config import DataConfig
-from megatron_srft.hidden_reward import BaseModel, prompt_fingerprint, save_head, weights_fingerprint
+from megatron_srft.hidden_reward import prompt_fingerprint, save_head
 from megatron_srft.weights.folder import HfFolder, read_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    model = HfFolder(make_model("llama", folder / "model", num_hidden_layers=2))
-    base = BaseModel(
-        name="tiny",
-        fingerprint=weights_fingerprint((name, model.tensor(name)) for name in model.shapes()),
-        num_layers=2,
-        hidden_size=32,
-        vocab_size=len(make_tokenizer()),
-        dtype="float32",
-    )
+    make_model("llama", folder / "model", num_hidden_layers=2)
+    base = base_of(folder / "model")
     heads = {"last": make_head(base, (2,)), "two": make_head(base, (1, 2))}
     heads["rms"] = make_head(base, (2,), normalisation="rms")
     prompts = prompt_fingerprint(DataConfig(), make_tokenizer())

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_srft.config import ConfigError, as_local, from_dict
-from megatron_srft.rollout import vllm_interface as interface
+from megatron_srft.rollout import vllm_versions as versions
 
 
 def config(vllm=None, **rollout):
@@ -50,12 +50,12 @@ def test_log_probs_that_vllm_has_are_not_refused(rollout):
 
 
 def test_a_missing_or_unknown_version_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(interface, "installed_version", lambda: None)
+    monkeypatch.setattr(versions, "installed_version", lambda: None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-srft\[vllm\]'"):
-        interface.require_vllm()
-    monkeypatch.setattr(interface, "installed_version", lambda: "0.31.1")
+        versions.require_vllm()
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.31.1")
     with pytest.raises(ConfigError, match="0.31.1 is installed"):
-        interface.require_vllm()
+        versions.require_vllm()
 
 
 def test_nothing_else_imports_vllm():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from reward_heads import make_head
+from reward_heads import base_of, make_head
 from spawning import spawn
 from tiny_models import make_model, make_tokenizer
 from vllm_command_runs import commands
@@ -13,15 +13,12 @@ from vllm_runs import ENGINE, SIZES
 
 from megatron_srft import config as configuration
 from megatron_srft.hidden_reward import (
-    BaseModel,
     head_fingerprint,
     load_head,
     prompt_fingerprint,
     save_head,
-    weights_fingerprint,
 )
 from megatron_srft.rollout import load_dump
-from megatron_srft.weights.folder import HfFolder
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +27,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """A tied model, a head for it, one with other numbers, one for other weights, problems and a config."""
     folder = tmp_path_factory.mktemp("vllm-commands")
-    model = HfFolder(make_model("qwen2", folder / "model", tied=True, num_hidden_layers=2, **SIZES))
+    make_model("qwen2", folder / "model", tied=True, num_hidden_layers=2, **SIZES)
     config = {
         "data": {"chat_template": "never", "max_prompt_tokens": 16},
         "rollout": {"kind": "vllm", "max_response_tokens": 12, "vllm": ENGINE},
@@ -40,14 +37,7 @@ def folder(tmp_path_factory):
     rows = [{"id": f"q{i}", "prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(4)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = prompt_fingerprint(configuration.load(folder / "config.yaml").data, make_tokenizer())
-    base = BaseModel(
-        name="tiny",
-        fingerprint=weights_fingerprint((name, model.tensor(name)) for name in model.shapes()),
-        num_layers=2,
-        hidden_size=128,
-        vocab_size=len(make_tokenizer()),
-        dtype="float32",
-    )
+    base = base_of(folder / "model")
     alien = replace(base, fingerprint="e" * 64)
     heads = {"head": make_head(base), "other": make_head(base, seed=1), "alien": make_head(alien)}
     heads["last"] = make_head(base, (2,), last_token="included")

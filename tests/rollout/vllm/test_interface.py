@@ -4,27 +4,27 @@ from vllm_server_runs import write_server_run
 
 from megatron_srft import config as configuration
 from megatron_srft.rollout import serve, vllm_routes
-from megatron_srft.rollout import vllm_interface as interface
+from megatron_srft.rollout import vllm_versions as versions
 
 NATIVE = {"max_num_seqs": 12, "enable_prefix_caching": False, "hf_overrides": {"rope_theta": 5.0}}
 
 
 def test_the_installed_version_is_one_of_the_supported():
-    interface.require_vllm()
+    versions.require_vllm()
 
 
 def test_everything_that_is_called_is_there():
-    assert interface.broken_contract() == []
+    assert versions.broken_contract() == []
 
 
 def test_what_is_missing_would_be_named(monkeypatch):
     broken = {"vllm.LLM.sing": (), "vllm.SamplingParams": ("seed", "mood"), "vllm.v9.engine.Engine": ()}
-    monkeypatch.setattr(interface, "CONTRACT", broken)
-    assert interface.broken_contract() == ["vllm.LLM.sing", "vllm.SamplingParams(mood=)", "vllm.v9.engine.Engine"]
+    monkeypatch.setattr(versions, "CONTRACT", broken)
+    assert versions.broken_contract() == ["vllm.LLM.sing", "vllm.SamplingParams(mood=)", "vllm.v9.engine.Engine"]
 
 
 def test_servers_have_what_the_engine_on_servers_uses():
-    assert interface.broken_contract(vllm_routes.CONTRACT) == []
+    assert versions.broken_contract(vllm_routes.CONTRACT) == []
 
 
 def test_vllm_understands_the_servers_command_line(tmp_path):
