@@ -2,28 +2,20 @@
 
 import argparse
 
-from megatron_srft.analysis.policy import measuring, reading
-from megatron_srft.config import ConfigError, ParallelConfig, as_local
+from megatron_srft.config import ConfigError
 from megatron_srft.errors import launched_rank
-from megatron_srft.hidden_reward import from_published, prompt_fingerprint, read_published, save_head
-from megatron_srft.policy_sources import find_settings, find_source
-from megatron_srft.rollout import load_tokenizer
+from megatron_srft.hidden_reward import from_published, read_published, save_head
+from megatron_srft.reward_command.base import base_of, check_output
 from megatron_srft.trainer.hidden_features import final_norm, lm_head
 
 
 def import_head(options: argparse.Namespace) -> int:
     """Read the state dict, fill in what it does not say from the model and the options, and write the head."""
-    if options.output.exists():
-        raise ConfigError(f"--output {options.output} is there already; name a folder that is to be made")
+    check_output(options)
     if options.logits and (options.layers or options.apply_norm):
         raise ConfigError("--layers and --apply-norm are for hidden states; leave them away with --logits")
     state = read_published(options.state_dict)
-    source = find_source(options.model, options.hf_model)
-    settings = find_settings(source, options.config)
-    settings = measuring(settings, as_local(settings.rollout))
-    prompts = prompt_fingerprint(settings.data, load_tokenizer(source.model))
-    with reading(settings, ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)) as reader:
-        trainer = reader.trainer_with(source)
+    with base_of(options) as (trainer, prompts):
         head = from_published(
             state,
             trainer.base_model(),
