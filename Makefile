@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo study study-quick test test-fast test-kernels test-vllm kernels lint docs doctor clean
+.PHONY: help setup vllm demo study study-quick test test-fast test-kernels test-vllm kernels lint docs doctor clean
 .NOTPARALLEL:
 
 help:
@@ -19,7 +19,8 @@ help:
 	@printf "%-18s %s\n" "make test" "linter and all tests"
 	@printf "%-18s %s\n" "make test-fast" "the tests that are not marked slow"
 	@printf "%-18s %s\n" "make test-kernels" "the tests of the ops and their kernels alone"
-	@printf "%-18s %s\n" "make test-vllm" "install vLLM's CPU build (3 GB) beside the rest and run the tests of the vLLM engine"
+	@printf "%-18s %s\n" "make vllm" "install vLLM's CPU build (3 GB) beside the rest; make test then tests the vLLM engine too"
+	@printf "%-18s %s\n" "make test-vllm" "the same, and run the tests of the vLLM engine alone"
 	@printf "%-18s %s\n" "make kernels" "compile csrc/ anew and show the compiler's output (make setup compiles it as well)"
 	@printf "%-18s %s\n" "make lint" "ruff check and format check"
 	@printf "%-18s %s\n" "make docs" "write docs/configuration.md anew from the docstrings in config/"
@@ -54,8 +55,11 @@ test-fast: setup
 test-kernels: setup
 	@$(PYTEST) tests/ops
 
-test-vllm: setup
+# Once it is there, `make test` runs the tests of the vLLM engine too.
+vllm: setup
 	@$(VENV_PYTHON) tools/install_vllm.py
+
+test-vllm: vllm
 	@$(PYTEST) tests/rollout/vllm
 
 kernels: setup

@@ -20,7 +20,7 @@ from megatron_srft.policy_sources import find_settings, find_source
 from megatron_srft.rewards import Scorer
 from megatron_srft.rewards.over_ranks import score_over_ranks
 from megatron_srft.rollout import load_tokenizer
-from megatron_srft.rollout.vllm_tokens import check_classifier, score_by_classifier
+from megatron_srft.rollout.vllm.tokens import check_classifier, score_by_classifier
 from megatron_srft.sample import Group, TrainingSequence
 from megatron_srft.trainer.trainer import Trainer
 from megatron_srft.weights.architecture import Architecture

@@ -247,7 +247,7 @@ def serve(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
     def body() -> int:
         from megatron_srft import config
-        from megatron_srft.rollout import serve as server
+        from megatron_srft.rollout.servers import serve as server
 
         return server.main(config.load(options.config, options.overrides), options.host, options.port)
 

@@ -98,12 +98,12 @@ def optional_packages() -> Iterator[Finding]:
 
 def _vllm() -> Finding:
     """Whether rollout.kind vllm can be used; importing vllm itself would take ten seconds."""
-    from megatron_srft.rollout import vllm_versions
+    from megatron_srft.rollout.vllm import versions
 
-    version = vllm_versions.installed_version()
-    fits = version is None or vllm_versions.SUPPORTED.contains(version, prereleases=True)
+    version = versions.installed_version()
+    fits = version is None or versions.SUPPORTED.contains(version, prereleases=True)
     text = version or "not installed"
-    return Finding("vllm", f"{text} (rollout.kind vllm{'' if fits else f', which needs {vllm_versions.SUPPORTED}'})")
+    return Finding("vllm", f"{text} (rollout.kind vllm{'' if fits else f', which needs {versions.SUPPORTED}'})")
 
 
 def devices() -> Iterator[Finding]:

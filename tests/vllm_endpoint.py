@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that speaks the routes of a `vllm serve` (rollout/vllm_routes.py) without vLLM.
+"""An HTTP server on this machine that speaks the routes of a `vllm serve` (rollout/servers/routes.py) without vLLM.
 
 It takes weights over the same wire as a real server's workers, holds them, and answers requests with tokens that depend
 on prompt and seed alone. It can misbehave in every way that the tests need.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_srft.rollout import vllm_wire
+from megatron_srft.rollout.servers import wire
 from megatron_srft.weights.digest import digest
 
 END = 1
@@ -48,6 +48,8 @@ class Endpoint(ThreadingHTTPServer):
             "workers": 1,
             "vllm": "0.32.0",
         } | settings
+        self.key = ""
+        """What it asks for on every route but /health."""
         self.version, self.weights, self.incoming = "default", {}, {}
         self.failure: str | None = None
         self.asked: Counter = Counter()
@@ -117,7 +119,7 @@ class Endpoint(ThreadingHTTPServer):
         return {}
 
     def take_weights(self, info: dict) -> None:
-        for number, (name, tensor) in enumerate(vllm_wire.receive(**info)):
+        for number, (name, tensor) in enumerate(wire.receive(**info)):
             if number == 3:
                 self.on_update(self)
             self.incoming[name] = tensor * 1.5 if name == self.corrupted else tensor
@@ -166,11 +168,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         known = self.path == "/weight_info"
+        if known and not self.has_key():
+            return self.reply(401, b"")
         self.reply(200, json.dumps({"weight_version": self.server.version}).encode() if known else b"")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")
         path, server = self.path.partition("?")[0], self.server
+        if not self.has_key():
+            return self.reply(401, b"")
         with server.lock:
             server.calls.append(self.path)
             server.busy += path == "/inference/v1/generate"
@@ -182,6 +188,9 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.busy -= path == "/inference/v1/generate"
         self.reply(status, data)
+
+    def has_key(self) -> bool:
+        return self.server.key in ("", self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def reply(self, status: int, data: bytes) -> None:
         while self.server.silent.is_set():

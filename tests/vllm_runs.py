@@ -23,8 +23,9 @@ from megatron_srft import config as configuration
 from megatron_srft.advantages import to_sequences
 from megatron_srft.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig, VllmRolloutConfig
 from megatron_srft.deadline import Deadline
-from megatron_srft.rollout import Request, build_engine, collect, load_local_engine, vllm_interface, vllm_worker
+from megatron_srft.rollout import Request, build_engine, collect, load_local_engine
 from megatron_srft.rollout.replay import ReplayEngine
+from megatron_srft.rollout.vllm import interface, worker
 from megatron_srft.sample import Completion, Prompt
 from megatron_srft.train import train
 from megatron_srft.weights.folder import HfFolder
@@ -120,12 +121,12 @@ def with_fault(run: Any, fault: Any, *, checksums: bool) -> str:
 @contextlib.contextmanager
 def weights_changed(change: Any):
     """`change` stands between the trainer's tensors and vLLM."""
-    load = vllm_interface.load
-    vllm_interface.load = lambda llm, weights: load(llm, change(weights))
+    load = interface.load
+    interface.load = lambda llm, weights: load(llm, change(weights))
     try:
         yield
     finally:
-        vllm_interface.load = load
+        interface.load = load
 
 
 def corrupt(weights: Any):
@@ -136,23 +137,23 @@ def corrupt(weights: Any):
 @contextlib.contextmanager
 def lost_sync():
     """The tensors are taken and go nowhere."""
-    load = vllm_interface.load
-    vllm_interface.load = lambda llm, weights: list(weights)
+    load = interface.load
+    interface.load = lambda llm, weights: list(weights)
     try:
         yield
     finally:
-        vllm_interface.load = load
+        interface.load = load
 
 
 @contextlib.contextmanager
 def without_packing():
     """vLLM as it is: the packed copy of a tied output layer stays the old one."""
-    pack = vllm_worker._pack_again
-    vllm_worker._pack_again = lambda model: None
+    pack = worker._pack_again
+    worker._pack_again = lambda model: None
     try:
         yield
     finally:
-        vllm_worker._pack_again = pack
+        worker._pack_again = pack
 
 
 @contextlib.contextmanager
@@ -181,15 +182,15 @@ def rope_base(llm: Any, base: float):
 def naps(engine: Any):
     """Sleep mode, which the CPU build accepts and does not carry out; the calls, and whether the engine had weights."""
     calls: list[tuple] = []
-    sleep, wake = vllm_interface.sleep, vllm_interface.wake
-    vllm_interface.sleep = lambda llm: (calls.append(("sleep", engine.policy_version)), sleep(llm))
-    vllm_interface.wake = lambda llm, part: (calls.append(("wake", part)), wake(llm, part))
+    sleep, wake = interface.sleep, interface.wake
+    interface.sleep = lambda llm: (calls.append(("sleep", engine.policy_version)), sleep(llm))
+    interface.wake = lambda llm, part: (calls.append(("wake", part)), wake(llm, part))
     engine.sleeps = True
     try:
         yield calls
     finally:
         engine.sleeps = False
-        vllm_interface.sleep, vllm_interface.wake = sleep, wake
+        interface.sleep, interface.wake = sleep, wake
 
 
 def slow_sync(engine: Any, weights: Any) -> list[str]:

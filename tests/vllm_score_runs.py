@@ -20,7 +20,7 @@ from megatron_srft import config as configuration
 from megatron_srft.config import RunConfig, SamplingConfig
 from megatron_srft.hidden_reward import BaseModel, RewardHead
 from megatron_srft.rollout import Request, build_engine
-from megatron_srft.rollout.vllm_states import Rows, StateReader
+from megatron_srft.rollout.vllm.states import Rows, StateReader
 from megatron_srft.sample import Completion, Prompt, TrainingSequence
 
 TOKENS = 40

@@ -32,13 +32,16 @@ from vllm_runs import (
 from megatron_srft import config as configuration
 from megatron_srft.config import RunConfig, SamplingConfig
 from megatron_srft.rollout import load_local_engine
-from megatron_srft.rollout import vllm_routes as routes
 from megatron_srft.rollout.background import Call
-from megatron_srft.rollout.vllm_http import Server, ServerFailed
-from megatron_srft.rollout.vllm_server import VllmServerEngine
-from megatron_srft.rollout.vllm_wire import Outlet, buckets
+from megatron_srft.rollout.servers import routes
+from megatron_srft.rollout.servers.client import Server, ServerFailed
+from megatron_srft.rollout.servers.engine import VllmServerEngine
+from megatron_srft.rollout.servers.wire import Outlet, buckets
 from megatron_srft.train import train
 from megatron_srft.weights.folder import HfFolder
+
+os.environ["KEY_OF_SERVERS"] = KEY = "a key of the tests"
+"""Here, so that every process of a test has it that imports this file."""
 
 START_SECONDS = 600
 """Servers start in 20 s of CPU; on a busy machine that takes long."""
@@ -99,6 +102,7 @@ def write_server_run(folder: Path, ports: list[int], **settings: Any) -> Path:
         "vllm": ENGINE | {"max_num_seqs": 4},
         "server_timeout": 60.0,
         "checksum_every": 1,
+        "api_key_variable": "KEY_OF_SERVERS",
     } | settings.pop("rollout", {})
     return write_run(folder, rollout=rollout, **settings)
 
@@ -170,7 +174,7 @@ def acting(weights: list[tuple[str, torch.Tensor]], number: int, action: Callabl
 
 def half_an_update(served: Served, weights: list[tuple[str, torch.Tensor]], count: int) -> list[dict[str, str | None]]:
     """What a trainer leaves that dies when it has sent `count` tensors; returns what the workers say of it."""
-    server = Server(served.url, 60.0)
+    server = Server(served.url, 60.0, KEY)
     server.post("/pause?mode=abort")
     server.post("/start_weight_update")
     outlet = Outlet("127.0.0.1", 1, 60.0)
@@ -201,7 +205,7 @@ def train_on_servers(path: Path, doomed: Served | None) -> None:
 def versions_of(served: Served, config: RunConfig) -> list[str]:
     """What a server says of its weights in an answer."""
     body = routes.request_body([5, 6, 7], 1, config.rollout, [1])
-    return routes.read_answer(Server(served.url, 60.0).post("/inference/v1/generate", body))[1]
+    return routes.read_answer(Server(served.url, 60.0, KEY).post("/inference/v1/generate", body))[1]
 
 
 def _disturb(run: Any, doomed: Served) -> None:

@@ -218,8 +218,9 @@ class VllmServerRolloutConfig(SamplingConfig):
     """Compare a checksum of every tensor between trainer and servers at the first weight sync and every Nth; 0 only at
     the first."""
 
-    api_key_env: str = ""
-    """Name of the environment variable with the servers' key (vllm serve --api-key); empty: they have none."""
+    api_key_variable: str = ""
+    """Environment variable that holds the servers' key, for `megatron-srft serve` and for runs. Empty: they have none,
+    and whoever reaches one can change its weights."""
 
     vllm: dict[str, Any] = field(default_factory=dict)
     """Native engine arguments of vLLM that `megatron-srft serve` starts a server with, as of `kind: vllm`."""

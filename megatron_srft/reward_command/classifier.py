@@ -5,7 +5,7 @@ import argparse
 from megatron_srft.errors import launched_rank
 from megatron_srft.hidden_reward import check_fits, load_head
 from megatron_srft.reward_command.base import base_of, check_output
-from megatron_srft.rollout.vllm_tokens import check_head, write_classifier
+from megatron_srft.rollout.vllm.tokens import check_head, write_classifier
 
 
 def export_head(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from megatron_srft.reward_command.classifier import export_head
 from megatron_srft.reward_command.given import given
 from megatron_srft.reward_command.published import import_head
 from megatron_srft.reward_command.responses import check_tokens, dumped_groups, verified
-from megatron_srft.rollout.vllm_tokens import check_classifier, score_by_classifier
+from megatron_srft.rollout.vllm.tokens import check_classifier, score_by_classifier
 from megatron_srft.sample import Group
 from megatron_srft.trainer.hidden_features import Recomputed, lm_head
 from megatron_srft.trainer.states_cache import Cached, cache_bytes

@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from megatron_srft import distributed
 from megatron_srft.config import ConfigError, ModelConfig, RunConfig
 from megatron_srft.hidden_reward import RewardHead, WeightsWatch, check_fits, prompt_fingerprint
-from megatron_srft.rollout import vllm, vllm_server
 from megatron_srft.rollout.cache import SLOT_ATTENTION
 from megatron_srft.rollout.engine import RolloutEngine
 from megatron_srft.rollout.local import LocalEngine
 from megatron_srft.rollout.replay import ReplayEngine
+from megatron_srft.rollout.servers import engine as servers
+from megatron_srft.rollout.vllm import engine as vllm
 from megatron_srft.weights.folder import HfFolder
 
 
@@ -41,7 +42,7 @@ def build_engine(
     if config.rollout.kind == "vllm":
         return vllm.VllmEngine(config, tokenizer, world, scored=scored)
     if config.rollout.kind == "vllm_server":
-        return vllm_server.VllmServerEngine(config, tokenizer, world)
+        return servers.VllmServerEngine(config, tokenizer, world)
     trust = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     with torch.device(device):
@@ -61,7 +62,7 @@ def check_engine(config: RunConfig, world_size: int) -> None:
     if config.rollout.kind == "vllm":
         vllm.check_engine(config, world_size)
     if config.rollout.kind == "vllm_server":
-        vllm_server.check_engine(config)
+        servers.check_engine(config)
 
 
 def load_local_engine(
@@ -86,7 +87,7 @@ def load_vllm_engine(
     world: distributed.Group,
     weights: Iterable[tuple[str, torch.Tensor]] | None = None,
     head: RewardHead | None = None,
-) -> vllm.VllmEngine | vllm_server.VllmServerEngine:
+) -> vllm.VllmEngine | servers.VllmServerEngine:
     """vLLM, in these processes or on servers, with the weights of the folder config.model.path or those given, as
     policy version 0. Collective; torch.distributed must have been started.
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_srft.config import ConfigError, as_local, from_dict
-from megatron_srft.rollout import vllm_versions as versions
+from megatron_srft.rollout.vllm import versions
 
 
 def config(vllm=None, **rollout):

@@ -1,6 +1,7 @@
 """The engine on servers against servers that speak vLLM's routes without vLLM: what is sent where, and every fault that
 needs no real one. tests/rollout/vllm/test_server.py does the rest with real servers."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -19,10 +20,13 @@ from vllm_endpoint import Endpoint, expected_tokens, same
 from megatron_srft import cli
 from megatron_srft.config import ConfigError, DataConfig, ModelConfig, RunConfig, SamplingConfig, from_dict
 from megatron_srft.config.rollouts import VllmServerRolloutConfig
-from megatron_srft.rollout import Request, build_engine, serve, vllm_server, vllm_wire
+from megatron_srft.rollout import Request, build_engine
 from megatron_srft.rollout.engine import RolloutError
-from megatron_srft.rollout.vllm_common import SyncError, seed
-from megatron_srft.rollout.vllm_http import ServerFailed
+from megatron_srft.rollout.servers import serve, wire
+from megatron_srft.rollout.servers.client import ServerFailed
+from megatron_srft.rollout.servers.engine import check_engine
+from megatron_srft.rollout.servers.guard import KeyGuard
+from megatron_srft.rollout.vllm.common import SyncError, seed
 from megatron_srft.sample import Prompt
 from megatron_srft.weights.folder import HfFolder
 
@@ -194,14 +198,14 @@ def test_a_server_is_asked_what_it_is_once_and_again_when_it_was_started_anew(mo
 
 def test_three_buckets_are_held_however_long_servers_take_and_many_they_are(model, weights, endpoints, monkeypatch):
     made, held = weakref.WeakSet(), []
-    empty, total = vllm_wire._empty, sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
+    empty, total = wire._empty, sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
 
     def counted(limit):
         made.add(bucket := empty(limit))
         held.append(len(made))
         return bucket
 
-    monkeypatch.setattr(vllm_wire, "_empty", counted)
+    monkeypatch.setattr(wire, "_empty", counted)
     servers = endpoints(3)
     take = servers[1].take_weights
     servers[1].take_weights = lambda info: (time.sleep(1), take(info))
@@ -553,8 +557,75 @@ def test_mistakes_are_told_with_their_key(rollout, words):
     assert words in str(caught.value)
 
 
-def test_a_key_that_is_not_in_the_environment_is_told(monkeypatch):
-    config = from_dict({"rollout": {"kind": "vllm_server", "servers": ["http://a:1"], "api_key_env": "NO_SUCH_KEY"}})
+# ---------------------------------------------------------------- the servers' key
+
+
+def test_with_their_key_servers_are_used_and_without_it_not(model, weights, endpoints, monkeypatch):
+    servers, requests = endpoints(2), requests_for(2)
+    for server in servers:
+        server.key = "open sesame"
+    monkeypatch.setenv("KEY_OF_SERVERS", "open sesame")
+    engine = make_engine(model, servers, api_key_variable="KEY_OF_SERVERS")
+    engine.update_weights(weights.items(), 0)
+    assert tokens(engine.generate(requests, SAMPLING)) == expected(requests)
+
+    with pytest.raises(ConfigError, match=f"{servers[0].url}: it asks for a key; rollout.api_key_variable names"):
+        make_engine(model, servers)
+    monkeypatch.setenv("KEY_OF_SERVERS", "open")
+    with pytest.raises(ConfigError, match=f"{servers[1].url}: it has another key than this one"):
+        make_engine(model, servers, api_key_variable="KEY_OF_SERVERS")
+
+
+def test_a_key_that_changes_under_a_run_ends_it(model, weights, endpoints):
+    (server,) = endpoints()
+    engine = make_engine(model, [server])
+    engine.update_weights(weights.items(), 0)
+    server.key = "new"
+    with pytest.raises(RolloutError, match=f"{server.url}: it asks for a key"):
+        engine.generate(requests_for(1), SAMPLING)
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_key_that_is_not_in_the_environment_is_told(monkeypatch, value):
+    rollout = {"kind": "vllm_server", "servers": ["http://a:1"], "api_key_variable": "NO_SUCH_KEY"}
+    config = from_dict({"rollout": rollout})
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(ConfigError, match="environment variable NO_SUCH_KEY is not set"):
-        vllm_server.check_engine(config)
+    if value is not None:
+        monkeypatch.setenv("NO_SUCH_KEY", value)
+    with pytest.raises(ConfigError, match="the environment has no NO_SUCH_KEY"):
+        check_engine(config)
+    with pytest.raises(ConfigError, match="the environment has no NO_SUCH_KEY"):
+        serve.environment(config)
+
+
+def ask_guarded(monkeypatch, scope):
+    """What a server with the key "k" answers, and whether the application behind the guard was reached."""
+    reached, sent = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    asyncio.run(KeyGuard(app)(scope, None, send))
+    assert len(reached) + bool(sent) == 1
+    return sent[0] if sent else None
+
+
+@pytest.mark.parametrize("path", ["/update_weights", "/collective_rpc", "/inference/v1/generate", "/healthy", "/"])
+def test_the_guard_lets_nothing_pass_without_the_key(monkeypatch, path):
+    for headers in ([], [(b"authorization", b"Bearer x")], [(b"authorization", b"k")], [(b"authorization", b"Bearer ")],
+                    [(b"authorization", b"Bearer k"), (b"authorization", b"Bearer x")]):  # fmt: skip
+        answer = ask_guarded(monkeypatch, {"type": "http", "path": path, "headers": headers})
+        assert answer["status"] == 401
+    closed = ask_guarded(monkeypatch, {"type": "websocket", "path": path, "headers": []})
+    assert closed == {"type": "websocket.close", "code": 1008}
+    assert (
+        ask_guarded(monkeypatch, {"type": "http", "path": path, "headers": [(b"authorization", b"Bearer k")]}) is None
+    )
+
+
+def test_health_needs_no_key(monkeypatch):
+    assert ask_guarded(monkeypatch, {"type": "http", "path": "/health", "headers": []}) is None

@@ -5,8 +5,8 @@ import pytest
 import torch
 from reward_heads import TINY, make_head
 
-from megatron_srft.rollout.vllm_model import StateSums
-from megatron_srft.rollout.vllm_states import Pass, Rows, StateReader, StatesError
+from megatron_srft.rollout.vllm.model import StateSums
+from megatron_srft.rollout.vllm.states import Pass, Rows, StateReader, StatesError
 
 PROMPT, RESPONSE = 3, [11, 12, 13, 14]
 LAYERS = torch.tensor(TINY.num_layers + 1)

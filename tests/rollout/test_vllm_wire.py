@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_srft.rollout import vllm_wire
-from megatron_srft.rollout.vllm_wire import Outlet, WireError, buckets, receive
+from megatron_srft.rollout.servers import wire
+from megatron_srft.rollout.servers.wire import Outlet, WireError, buckets, receive
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -62,7 +62,7 @@ def test_a_bucket_holds_no_more_than_its_limit(limit):
 
 def test_whoever_does_not_know_the_token_gets_nothing(outlet):
     with ThreadPoolExecutor() as pool:
-        stranger = pool.submit(take, outlet, token="0" * vllm_wire.TOKEN_CHARACTERS)
+        stranger = pool.submit(take, outlet, token="0" * wire.TOKEN_CHARACTERS)
         worker = pool.submit(take, outlet)
         send(outlet)
         with pytest.raises(WireError, match="does not send its weights|closed the connection early"):

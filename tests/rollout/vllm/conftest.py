@@ -3,7 +3,7 @@
 import pytest
 import spawning
 
-from megatron_srft.rollout.vllm_versions import installed_version
+from megatron_srft.rollout.vllm.versions import installed_version
 
 
 @pytest.fixture(scope="module", autouse=True)

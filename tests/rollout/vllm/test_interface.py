@@ -1,10 +1,10 @@
-"""The installed vLLM against what rollout/vllm_interface.py takes it for. The behaviour is in test_engine.py."""
+"""The installed vLLM against what rollout/vllm/interface.py takes it for. The behaviour is in test_engine.py."""
 
-from vllm_server_runs import write_server_run
+from vllm_server_runs import KEY, write_server_run
 
 from megatron_srft import config as configuration
-from megatron_srft.rollout import serve, vllm_routes
-from megatron_srft.rollout import vllm_versions as versions
+from megatron_srft.rollout.servers import guard, routes, serve
+from megatron_srft.rollout.vllm import versions
 
 NATIVE = {"max_num_seqs": 12, "enable_prefix_caching": False, "hf_overrides": {"rope_theta": 5.0}}
 
@@ -24,7 +24,7 @@ def test_what_is_missing_would_be_named(monkeypatch):
 
 
 def test_servers_have_what_the_engine_on_servers_uses():
-    assert versions.broken_contract(vllm_routes.CONTRACT) == []
+    assert versions.broken_contract(routes.CONTRACT) == []
 
 
 def test_vllm_understands_the_servers_command_line(tmp_path):
@@ -34,7 +34,7 @@ def test_vllm_understands_the_servers_command_line(tmp_path):
 
     config = configuration.load(write_server_run(tmp_path, [8123], rollout={"stop": ["#"], "vllm": NATIVE}))
     line = serve.command(config, "127.0.0.1", 8123)
-    assert line[1:3] == ["-m", vllm_routes.MODULE]
+    assert line[1:3] == ["-m", routes.MODULE]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(line[3:])
     wanted = {
         "model": config.model.path,
@@ -45,9 +45,12 @@ def test_vllm_understands_the_servers_command_line(tmp_path):
         "skip_tokenizer_init": False,
         "generation_config": "vllm",
         "load_format": "dummy",
-        "worker_extension_cls": vllm_routes.EXTENSION,
+        "worker_extension_cls": routes.EXTENSION,
         "enable_scale_out": True,
+        "middleware": [guard.MIDDLEWARE],
         **NATIVE,
     }
     assert {name: getattr(parsed, name) for name in wanted} == wanted
     assert parsed.weight_transfer_config.backend == "srft_tcp"
+    assert serve.environment(config)[guard.VARIABLE] == KEY
+    assert not any(KEY in part for part in line)

@@ -30,7 +30,10 @@ from megatron_srft import config as configuration
 from megatron_srft.config import as_local
 from megatron_srft.evaluate import evaluate_folder
 from megatron_srft.metrics import read_metrics
-from megatron_srft.rollout import load_dump, vllm_routes, vllm_server
+from megatron_srft.rollout import load_dump
+from megatron_srft.rollout.servers import engine as servers_engine
+from megatron_srft.rollout.servers import routes
+from megatron_srft.rollout.servers.client import Server
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +78,7 @@ def found(servers, path, folder):
     many = requests_for(make_prompts(), samples=10)
     found = {}
 
+    found["without a key"] = without_a_key(first)
     both = engine_for(config)
     both.update_weights(weights_of(config), 0)
     found["answers"] = first_answers(both, config)
@@ -125,6 +129,13 @@ def state(engine):
     return [server.dead for server in engine.servers], engine.take_metrics()
 
 
+def without_a_key(served):
+    """What a stranger gets: from a route that samples, from one that changes weights, from one that runs methods."""
+    stranger = Server(served.url, 60.0)
+    posts = [message(stranger.post, path) for path in ("/inference/v1/generate", "/start_weight_update", "/pause")]
+    return [*posts, message(stranger.call_workers, "srft_settings")]
+
+
 def evaluated(config):
     """The command's evaluation of the run's own problems, without a run."""
     problems = replace(config.evaluation, files=config.data.train)
@@ -133,16 +144,16 @@ def evaluated(config):
 
 def corrupted(engine, config):
     """What is said when a tensor changes behind the trainer's checksums."""
-    right = vllm_server.buckets
+    right = servers_engine.buckets
 
     def wrong(tensors, limit):
         return right(((name, t * 1.5 if name == CORRUPTED else t) for name, t in tensors), limit)
 
-    vllm_server.buckets = wrong
+    servers_engine.buckets = wrong
     try:
         return message(engine.update_weights, weights_of(config), 1)
     finally:
-        vllm_server.buckets = right
+        servers_engine.buckets = right
 
 
 def other_model(folder, server):
@@ -165,6 +176,10 @@ def without_version(completions):
 
 
 # ---------------------------------------------------------------- completions
+
+
+def test_a_stranger_gets_nothing_from_a_server_with_a_key(found):
+    assert all("it asks for a key" in text for text in found["without a key"]), found["without a key"]
 
 
 @pytest.mark.parametrize("sampling", ["plain", "cut", "greedy"])
@@ -280,7 +295,7 @@ def test_weights_of_another_run_are_found(found):
 
 def test_a_server_that_was_started_anew_says_that_it_has_no_weights(found):
     """tests/rollout/test_vllm_server.py shows what is done about it."""
-    assert found["fresh"] == vllm_routes.FRESH
+    assert found["fresh"] == routes.FRESH
 
 
 def test_a_server_of_another_model_is_refused(found):

@@ -3,11 +3,13 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_srft.config import VllmServerRolloutConfig, require
 from megatron_srft.rollout.engine import RolloutError
 
 SHOWN = 300
@@ -23,11 +25,22 @@ class ServerLost(ServerFailed):
 
 
 class Refused(RolloutError):
-    """The server finds the request itself wrong (a status of 400 to 499); no other one would take it."""
+    """The server finds the request itself wrong (a status of 400 to 499); no other one would take it. The message is
+    the reason alone."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
+
+
+def server_key(config: VllmServerRolloutConfig) -> str:
+    """The servers' key; empty when they have none. Raises ConfigError when the environment does not hold it."""
+    name = config.api_key_variable
+    require(
+        not name or bool(os.environ.get(name)),
+        f"rollout.api_key_variable: the environment has no {name}; export the servers' key under that name",
+    )
+    return os.environ[name] if name else ""
 
 
 class Server:
@@ -42,11 +55,12 @@ class Server:
         Args:
             url: http://host:port.
             timeout: seconds of silence, unless a call says otherwise.
-            key: of `vllm serve --api-key`.
+            key: see guard.py; empty for a server without one.
         """
         self.url, self.timeout = url, timeout
         parts = urlsplit(url)
         self.host, self.port = parts.hostname, parts.port
+        self.has_key = bool(key)
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.dead: str | None = None
         """Why it is not used; None while it is."""
@@ -55,7 +69,7 @@ class Server:
         self.workers = self.max_model_len = 0
         """As the server says, see `ServerWorkerExtension.srft_settings`."""
         self.group: Any = None
-        """The NCCL group with it, where weights travel so and this rank feeds it; see vllm_nccl.py."""
+        """The NCCL group with it, where weights travel so and this rank feeds it; see nccl.py."""
         self.lock = threading.Lock()
         self.idle: list[http.client.HTTPConnection] = []
         self.busy: set[http.client.HTTPConnection] = set()
@@ -79,8 +93,11 @@ class Server:
 
     def _json(self, method: str, path: str, body: Any, timeout: float, repeatable: bool) -> Any:
         status, text = self._exchange(method, path, body, timeout, repeatable)
+        if status == 401:
+            words = "it has another key than this one" if self.has_key else "it asks for a key"
+            raise Refused(status, f"{words}; rollout.api_key_variable names the variable that holds it")
         if 400 <= status < 500:
-            raise Refused(status, f"{self.url} refuses {path} with status {status}: {_shown(text)}")
+            raise Refused(status, f"it refuses {path} with status {status}: {_shown(text)}")
         if status != 200:
             raise ServerFailed(f"{path} answers with status {status}: {_shown(text)}")
         try:

@@ -1,8 +1,8 @@
 """Everything this project knows of vLLM's interfaces from outside: versions, starting, sampling, calls of its workers.
-What it knows of servers stands in vllm_routes.py, of a worker's insides in vllm_worker.py and vllm_server_worker.py.
+What it knows of servers stands in servers/routes.py, of a worker's insides in worker.py and servers/worker.py.
 vllm is imported only inside functions, but for the last, which vLLM itself imports.
 
-For which versions stands in vllm_versions.py.
+For which versions stands in versions.py.
 
 Two things vLLM's own documentation does not say:
 
@@ -26,9 +26,9 @@ import torch
 
 from megatron_srft.config import ConfigError, SamplingConfig
 from megatron_srft.hidden_reward import RewardHead
-from megatron_srft.rollout import vllm_model
-from megatron_srft.rollout.vllm_versions import set_environment
-from megatron_srft.rollout.vllm_worker import WORKER_EXTENSION, Held
+from megatron_srft.rollout.vllm import model as own_model
+from megatron_srft.rollout.vllm.versions import set_environment
+from megatron_srft.rollout.vllm.worker import WORKER_EXTENSION, Held
 
 TOKEN_CLASSIFY = "token_classify"
 """vLLM's name of the task."""
@@ -52,7 +52,7 @@ def start_engine(arguments: dict[str, Any], key: str, scored: str | None = None)
     from vllm import LLM
 
     if scored is not None:
-        own = {"architectures": [vllm_model.register(scored)]}
+        own = {"architectures": [own_model.register(scored)]}
         arguments = arguments | {"hf_overrides": arguments.get("hf_overrides", {}) | own}
 
     with _launcher_variables(), _random_state_kept():

@@ -17,8 +17,8 @@ import torch
 
 from megatron_srft.config import require
 from megatron_srft.hidden_reward import RewardHead
-from megatron_srft.rollout.vllm_model import find_sums
-from megatron_srft.rollout.vllm_states import Rows, StateReader
+from megatron_srft.rollout.vllm.model import find_sums
+from megatron_srft.rollout.vllm.states import Rows, StateReader
 
 PROBE_COLUMNS = 1024
 """Columns of a packed matrix that are read at a time."""

@@ -24,10 +24,9 @@ from megatron_srft import distributed
 from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
 from megatron_srft.deadline import Deadline
 from megatron_srft.hidden_reward import BaseModel, RewardHead, check_fits, head_fingerprint
-from megatron_srft.rollout import vllm_interface as interface
-from megatron_srft.rollout import vllm_versions as versions
 from megatron_srft.rollout.engine import Request, RolloutError
-from megatron_srft.rollout.vllm_common import (
+from megatron_srft.rollout.vllm import interface, versions
+from megatron_srft.rollout.vllm.common import (
     KEY,
     SyncError,
     check_answer,

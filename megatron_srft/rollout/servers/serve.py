@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from megatron_srft.config import ConfigError, RunConfig, require
-from megatron_srft.rollout import vllm_routes as routes
-from megatron_srft.rollout import vllm_versions as versions
-from megatron_srft.rollout.vllm_common import KEY, engine_arguments
+from megatron_srft.rollout.servers import guard, routes
+from megatron_srft.rollout.servers.client import server_key
+from megatron_srft.rollout.vllm import versions
+from megatron_srft.rollout.vllm.common import KEY, engine_arguments
 from megatron_srft.weights.architecture import read_architecture
 
 SERVER_GPU_SHARE = 0.9
@@ -26,7 +27,7 @@ def command(config: RunConfig, host: str, port: int) -> list[str]:
     """The server as a command line.
 
     Raises:
-        ConfigError: the config has no servers, or vLLM does not know one of `rollout.vllm`.
+        ConfigError: the config has no servers, vLLM does not know one of `rollout.vllm`, or the key is not there.
     """
     rollout = config.rollout
     require(rollout.kind == "vllm_server", f"megatron-srft serve needs rollout.kind vllm_server, not {rollout.kind}")
@@ -43,6 +44,8 @@ def command(config: RunConfig, host: str, port: int) -> list[str]:
         "worker_extension_cls": routes.EXTENSION,
         "weight_transfer_config": {"backend": rollout.transfer_engine},
     }
+    if guard.VARIABLE in environment(config):
+        arguments["middleware"] = guard.MIDDLEWARE
     flags = [part for name, value in arguments.items() for part in flag(name, value)]
     return [
         sys.executable,
@@ -73,12 +76,14 @@ def flag(name: str, value: Any) -> list[str]:
     return [dashed, str(value)]
 
 
-def environment() -> dict[str, str]:
-    """What vLLM reads from its environment; what the user has set stays, but for the routes that the trainer needs."""
+def environment(config: RunConfig) -> dict[str, str]:
+    """What vLLM reads from its environment; what the user has set stays, but for the key and for the routes that the
+    trainer needs. Raises ConfigError when the key is not there."""
+    key = server_key(config.rollout)
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if not torch.cuda.is_available():
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    return {**defaults, **os.environ, **routes.ENVIRONMENT}
+    return {**defaults, **os.environ, **({guard.VARIABLE: key} if key else {}), **routes.ENVIRONMENT}
 
 
 def check_port(host: str, port: int) -> None:
@@ -105,4 +110,4 @@ def main(config: RunConfig, host: str, port: int) -> int:
     print(
         f"serving {config.model.path} at http://{host}:{port}; it has no weights until a trainer sends them", flush=True
     )
-    os.execve(line[0], line, environment())
+    os.execve(line[0], line, environment(config))

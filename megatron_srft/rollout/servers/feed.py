@@ -10,10 +10,10 @@ import torch
 from megatron_srft.config import ConfigError
 from megatron_srft.rollout.background import Call
 from megatron_srft.rollout.engine import RolloutError
-from megatron_srft.rollout.vllm_common import mismatch
-from megatron_srft.rollout.vllm_http import Server, ServerFailed, ServerLost
-from megatron_srft.rollout.vllm_nccl import NcclGroup
-from megatron_srft.rollout.vllm_wire import Outlet, WireError
+from megatron_srft.rollout.servers.client import Server, ServerFailed, ServerLost
+from megatron_srft.rollout.servers.nccl import NcclGroup
+from megatron_srft.rollout.servers.wire import Outlet, WireError
+from megatron_srft.rollout.vllm.common import mismatch
 
 EXPECTED = (ServerFailed, RolloutError, WireError, ConfigError, OSError)
 """What ends a server's part in the sync; anything else is a bug of ours, and ends the run."""
@@ -41,7 +41,7 @@ class Feed:
             label: version of the weights.
             check: get checksums of what the server holds.
             patience: seconds that the server waits for the trainer's next tensor.
-            nccl: buckets are those of vllm_nccl.py.
+            nccl: buckets are those of nccl.py.
         """
         self.server, self.admit, self.label = server, admit, label
         self.check, self.patience, self.nccl = check, patience, nccl

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from megatron_srft.rollout.engine import RolloutError
-from megatron_srft.rollout.vllm_http import Server, ServerFailed, ServerLost
+from megatron_srft.rollout.servers.client import Server, ServerFailed, ServerLost
 
 log = logging.getLogger(__name__)
 

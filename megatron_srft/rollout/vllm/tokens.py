@@ -7,7 +7,7 @@ layer `score`, token for token in the task token_classify. So such a head needs 
     LLM(model=FOLDER, dtype=HEAD'S, runner="pooling", pooler_config=PoolerConfig(task="token_classify"))
     llm.encode(prompts, PoolingParams(use_activation=False), pooling_task="token_classify")    # [tokens, 2] each
 
-It is a pass of its own over finished responses; vllm_model.py reads any head, while responses are sampled.
+It is a pass of its own over finished responses; model.py reads any head, while responses are sampled.
 """
 
 import os
@@ -21,9 +21,8 @@ import torch
 from megatron_srft.config import require
 from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.ops.gated_pooling import gated_mean
-from megatron_srft.rollout import vllm_interface as interface
-from megatron_srft.rollout import vllm_versions as versions
-from megatron_srft.rollout.vllm_common import beside_trainer
+from megatron_srft.rollout.vllm import interface, versions
+from megatron_srft.rollout.vllm.common import beside_trainer
 from megatron_srft.sample import TrainingSequence
 from megatron_srft.weights.folder import HfFolder, write_hf_folder
 from megatron_srft.weights.tables import HEAD

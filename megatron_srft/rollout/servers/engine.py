@@ -5,12 +5,11 @@ server that dies or falls silent is dropped, its requests go to the others, and 
 there again. When weights are given to a server, they get a version that no other run uses, and every answer names the
 version that it was sampled with.
 
-What is checked is what vllm.py's docstring lists, what vllm_admission.py asks of a server at every sync, and for every
-answer that all its tokens were sampled with this step's weights of this run.
+What is checked is what the docstring of vllm/engine.py lists, what admission.py asks of a server at every sync, and for
+every answer that all its tokens were sampled with this step's weights of this run.
 """
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Iterable
@@ -21,14 +20,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_srft import distributed
-from megatron_srft.config import ConfigError, RunConfig, SamplingConfig, require
+from megatron_srft.config import ConfigError, RunConfig, SamplingConfig
 from megatron_srft.deadline import Deadline
-from megatron_srft.rollout import vllm_interface as interface
-from megatron_srft.rollout import vllm_routes as routes
-from megatron_srft.rollout.dispatch import Dispatch
 from megatron_srft.rollout.engine import Request, RolloutError
-from megatron_srft.rollout.vllm_admission import Admission, wait_for
-from megatron_srft.rollout.vllm_common import (
+from megatron_srft.rollout.servers import routes
+from megatron_srft.rollout.servers.admission import Admission, wait_for
+from megatron_srft.rollout.servers.client import Refused, Server, ServerFailed, ServerLost, server_key
+from megatron_srft.rollout.servers.dispatch import Dispatch
+from megatron_srft.rollout.servers.feed import Feed, Part, compare, part_key, slices
+from megatron_srft.rollout.servers.nccl import device_buckets
+from megatron_srft.rollout.servers.wire import buckets
+from megatron_srft.rollout.vllm import interface
+from megatron_srft.rollout.vllm.common import (
     SyncError,
     check_answer,
     check_known,
@@ -38,10 +41,6 @@ from megatron_srft.rollout.vllm_common import (
     to_completions,
     watch,
 )
-from megatron_srft.rollout.vllm_feed import Feed, Part, compare, part_key, slices
-from megatron_srft.rollout.vllm_http import Server, ServerFailed, ServerLost
-from megatron_srft.rollout.vllm_nccl import device_buckets
-from megatron_srft.rollout.vllm_wire import buckets
 from megatron_srft.sample import Completion
 from megatron_srft.weights.architecture import read_architecture
 from megatron_srft.weights.digest import digest
@@ -52,11 +51,7 @@ log = logging.getLogger(__name__)
 
 def check_engine(config: RunConfig) -> None:
     """Raises ConfigError for a mistake in `config.rollout` that can be found without asking a server."""
-    name = config.rollout.api_key_env
-    require(
-        not name or name in os.environ,
-        f"rollout.api_key_env: the environment variable {name} is not set; export the servers' key under that name",
-    )
+    server_key(config.rollout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +78,7 @@ class VllmServerEngine:
         self.architecture = read_architecture(hf_config)
         self.shapes = hf_shapes(self.architecture)
         self.admission = Admission(config, self.architecture, tokenizer)
-        key = os.environ.get(self.settings.api_key_env, "") if self.settings.api_key_env else ""
+        key = server_key(self.settings)
         self.servers = [Server(url, self.settings.server_timeout, key) for url in self.settings.servers]
         self.run = distributed.broadcast_object(secrets.token_hex(8), world)
         """Tells this run's weights from those of others."""
@@ -289,7 +284,10 @@ class VllmServerEngine:
             ServerFailed: another server should be asked.
             RolloutError: none should.
         """
-        given = server.post("/inference/v1/generate", body, self.settings.request_timeout, repeatable=True)
+        try:
+            given = server.post("/inference/v1/generate", body, self.settings.request_timeout, repeatable=True)
+        except Refused as error:
+            raise RolloutError(f"{server.url}: {error}") from None
         try:
             answer, versions = routes.read_answer(given)
         except (KeyError, TypeError, ValueError) as error:

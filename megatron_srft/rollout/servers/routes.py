@@ -8,20 +8,20 @@ they take and give. `CONTRACT` is held against the installed vLLM by tests/rollo
     GET  /weight_info                  that name
     POST /start_weight_update /update_weights /finish_weight_update
     POST /reset_prefix_cache
-    POST /collective_rpc               calls a method of every worker, see vllm_server_worker.py
+    POST /collective_rpc               calls a method of every worker, see worker.py
 
-All but the first two exist only under VLLM_SERVER_DEV_MODE=1 and ask for no key, whatever --api-key says.
+All but the first two exist only under VLLM_SERVER_DEV_MODE=1; vLLM asks for no key there, guard.py does.
 """
 
 from typing import Any
 
 from megatron_srft.config import SamplingConfig
-from megatron_srft.rollout.vllm_interface import Answer, sampling_arguments
+from megatron_srft.rollout.vllm.interface import Answer, sampling_arguments
 
 TCP, NCCL = "srft_tcp", "nccl"
-"""Names of weight transfer engines: ours (vllm_server_worker.py) and vLLM's."""
+"""Names of weight transfer engines: ours (worker.py) and vLLM's."""
 
-EXTENSION = "megatron_srft.rollout.vllm_server_worker.ServerWorkerExtension"
+EXTENSION = "megatron_srft.rollout.servers.worker.ServerWorkerExtension"
 """What a server's workers import by name; in the trainer it must not be imported."""
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
@@ -71,7 +71,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.reload.layerwise.get_layerwise_info": (),
     "vllm.tokenizers.cached_tokenizer_from_config": (),
 }
-"""As in vllm_interface.py, for servers."""
+"""As in vllm/interface.py, for servers."""
 
 
 def request_body(token_ids: list[int], seed: int, sampling: SamplingConfig, end_token_ids: list[int]) -> dict[str, Any]:

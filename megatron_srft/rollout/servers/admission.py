@@ -6,10 +6,9 @@ import time
 from transformers import PreTrainedTokenizerBase
 
 from megatron_srft.config import ConfigError, RunConfig, require
-from megatron_srft.rollout import vllm_interface as interface
-from megatron_srft.rollout import vllm_versions as versions
-from megatron_srft.rollout.vllm_common import check_model
-from megatron_srft.rollout.vllm_http import Refused, Server, ServerFailed
+from megatron_srft.rollout.servers.client import Refused, Server, ServerFailed
+from megatron_srft.rollout.vllm import interface, versions
+from megatron_srft.rollout.vllm.common import check_model
 from megatron_srft.weights.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,9 @@ class Admission:
         try:
             settings = server.call_workers("srft_settings")[0]
         except (Refused, ServerFailed) as error:
-            raise ConfigError(f"{error} (has `megatron-srft serve` of this version started it?)") from None
+            keyless = isinstance(error, Refused) and error.status == 401
+            hint = "" if keyless else " (has `megatron-srft serve` of this version started it?)"
+            raise ConfigError(f"{error}{hint}") from None
         self._check(server, settings)
         server.workers, server.max_model_len = settings["workers"], settings["max_model_len"]
 

@@ -1,6 +1,6 @@
 """A reward head's gate and reward of every token that vLLM computes, taken over from its worker's model pass by pass.
 
-vllm_model.py computes them in the forward pass and leaves them in buffers, with what the model was fed; the worker
+model.py computes them in the forward pass and leaves them in buffers, with what the model was fed; the worker
 announces each pass here before it runs, and what the pass gave is copied out before the next one is announced.
 
 What a token gave is kept with its request, position and id, 20 bytes, until the call of `generate` ends. A token that
@@ -19,7 +19,7 @@ import torch
 from megatron_srft.hidden_reward import RewardHead
 from megatron_srft.ops.gated_pooling import gated_mean
 from megatron_srft.rollout.engine import RolloutError
-from megatron_srft.rollout.vllm_model import StateSums
+from megatron_srft.rollout.vllm.model import StateSums
 
 
 class StatesError(RolloutError):

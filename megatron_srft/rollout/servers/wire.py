@@ -1,8 +1,8 @@
 """Weights over a TCP connection, from a trainer's rank into the workers of one `vllm serve`, a bucket at a time.
 
 The trainer listens, on a new port for every sync; each worker connects, sends the sync's token, and reads until it has
-every tensor. vLLM's own routes carry the rest (when, from where, under which version): see vllm_feed.py for the
-trainer's side and vllm_server_worker.py for the worker's.
+every tensor. vLLM's own routes carry the rest (when, from where, under which version): see feed.py for the
+trainer's side and worker.py for the worker's.
 
     worker   -> trainer   token, 64 characters
     trainer  -> worker    bucket, bucket, ..., end

@@ -12,9 +12,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_srft.config import ModelConfig, RunConfig, require
 from megatron_srft.deadline import Deadline
-from megatron_srft.rollout import vllm_interface as interface
 from megatron_srft.rollout.engine import LOWER, Request, RolloutError, check_lengths
 from megatron_srft.rollout.local import check_finite, end_token_ids
+from megatron_srft.rollout.vllm import interface
 from megatron_srft.sample import Completion
 from megatron_srft.weights.architecture import Architecture, read_architecture
 from megatron_srft.weights.tables import HEAD

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_srft.rollout.background import Call
-from megatron_srft.rollout.vllm_http import Server, ServerFailed
+from megatron_srft.rollout.servers.client import Server, ServerFailed
 
 POLL_SECONDS = 0.01
 

@@ -1,6 +1,6 @@
 """Which vLLM this project knows, which one is installed, and whether it has what is called of it.
 
-`SUPPORTED` are the versions that vllm_interface.py and vllm_worker.py were written against;
+`SUPPORTED` are the versions that interface.py and worker.py were written against;
 `tests/rollout/vllm/test_interface.py` holds `CONTRACT` against the one that is installed. vllm is imported only inside
 functions.
 """
@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_srft.config import ConfigError, require
 from megatron_srft.config.rollouts import VLLM_RESERVED
-from megatron_srft.rollout import vllm_model
+from megatron_srft.rollout.vllm import model as own_model
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """vLLM versions whose interfaces these are."""
@@ -91,8 +91,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": (),
     "vllm.v1.worker.gpu.input_batch.InputBatch": ("req_ids", "num_scheduled_tokens"),
     "vllm.ModelRegistry.register_model": ("model_arch", "model_cls"),
-    **{f"{vllm_model.MODELS}.{file}.{trunk}": () for file, trunk in vllm_model.FAMILIES.values()},
-    **{f"{vllm_model.MODELS}.{file}.{name}": () for name, (file, _) in vllm_model.FAMILIES.items()},
+    **{f"{own_model.MODELS}.{file}.{trunk}": () for file, trunk in own_model.FAMILIES.values()},
+    **{f"{own_model.MODELS}.{file}.{name}": () for name, (file, _) in own_model.FAMILIES.items()},
     "vllm.v1.engine.core.EngineCore.shutdown": (),
     "vllm.distributed.parallel_state.destroy_model_parallel": (),
     "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm": ("layer", "remove_weight"),

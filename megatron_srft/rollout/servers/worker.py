@@ -19,10 +19,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from megatron_srft.rollout import vllm_wire
-from megatron_srft.rollout.vllm_routes import TCP
-from megatron_srft.rollout.vllm_versions import installed_version
-from megatron_srft.rollout.vllm_worker import WorkerExtension, _pack_again, _without_warnings
+from megatron_srft.rollout.servers import wire
+from megatron_srft.rollout.servers.routes import TCP
+from megatron_srft.rollout.vllm.versions import installed_version
+from megatron_srft.rollout.vllm.worker import WorkerExtension, _pack_again, _without_warnings
 from megatron_srft.weights.digest import digest
 
 
@@ -33,7 +33,7 @@ class Init(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """Where the trainer waits; see `vllm_wire.receive`."""
+    """Where the trainer waits; see `wire.receive`."""
 
     host: str
     port: int
@@ -69,7 +69,7 @@ class TcpEngine(WeightTransferEngine):
             self.failure = f"{type(error).__name__}: {error}"
 
     def receive_weights(self, update_info: Update) -> None:
-        tensors = vllm_wire.receive(update_info.host, update_info.port, update_info.token, update_info.timeout)
+        tensors = wire.receive(update_info.host, update_info.port, update_info.token, update_info.timeout)
         self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
