@@ -24,10 +24,14 @@ class ProcessGroups:
     """Ranks that hold the slices of one layer."""
     pipeline: Group = None
     """Ranks that hold the stages of one model replica."""
+    context: Group = None
+    """Ranks that share the tokens of a micro-batch."""
     data: Group = None
-    """Ranks that hold the same slice and stage of different replicas."""
+    """Ranks that hold the same slice and stage, and the same share of the tokens, of different replicas."""
+    copies: Group = None
+    """Ranks that hold the same parameters: context x data. Gradients are summed over them."""
     model: Group = None
-    """Ranks of one replica: tensor x pipeline."""
+    """Ranks of one replica: tensor x context x pipeline."""
 
 
 @contextlib.contextmanager
@@ -68,6 +72,12 @@ def sum_shared(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return tensor if size(group) == 1 else _SumShared.apply(tensor, group)
 
 
+def gather_rows(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...] of every rank, end to end in rank order: [ranks x n, ...]. Differentiable: each rank's own rows get the
+    sum of the gradients that all ranks have for them."""
+    return rows if size(group) == 1 else _GatherRows.apply(rows, group)
+
+
 def all_gather(tensor: torch.Tensor, group: Group) -> list[torch.Tensor]:
     """The group's tensors of this shape, in rank order."""
     if size(group) == 1:
@@ -106,6 +116,22 @@ def is_main(group: Group = None) -> bool:
     if group is not None:
         return rank(group) == 0
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group = group
+        return torch.cat(all_gather(rows, group))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient, group = gradient.contiguous(), ctx.group
+        if dist.get_backend(group) == "gloo":  # which has no reduce-scatter
+            return all_reduce(gradient.clone(), group).chunk(size(group))[rank(group)], None
+        own = torch.empty_like(gradient.chunk(size(group))[0])
+        dist.reduce_scatter_tensor(own, gradient, group=group)
+        return own, None
 
 
 class _SumShared(torch.autograd.Function):

@@ -88,12 +88,13 @@ def print_model(config: RunConfig, model: Architecture) -> None:
 def print_ranks(config: RunConfig, model: Architecture, world_size: int) -> None:
     parallel = config.parallel
     data_ranks = world_size // parallel.model_ranks
-    print(f"\nlayout: {world_size} ranks = {parallel.tensor} tensor x {parallel.pipeline} pipeline x {data_ranks} data")
+    sizes = f"{parallel.tensor} tensor x {parallel.context} context x {parallel.pipeline} pipeline x {data_ranks} data"
+    print(f"\nlayout: {world_size} ranks = {sizes}")
     rows = [
-        (p.rank, p.tensor, p.pipeline, p.data, ", ".join(f"{first}-{end - 1}" for first, end in p.layers))
+        (p.rank, p.tensor, p.context, p.pipeline, p.data, ", ".join(f"{first}-{end - 1}" for first, end in p.layers))
         for p in layout.places(config, model.num_layers, world_size)
     ]
-    print_table(("rank", "tensor", "pipeline", "data", "layers"), rows)
+    print_table(("rank", "tensor", "context", "pipeline", "data", "layers"), rows)
 
 
 def print_stage(stage: RunConfig, model: Architecture, world_size: int, tokenizer) -> None:

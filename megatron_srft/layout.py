@@ -37,10 +37,11 @@ NARROWEST_CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one rank stands. Example: rank=3, data=1, pipeline=0, tensor=1, layers=((0, 14),)."""
+    """Where one rank stands. Example: rank=3, data=1, context=0, pipeline=0, tensor=1, layers=((0, 14),)."""
 
     rank: int
     data: int
+    context: int
     pipeline: int
     tensor: int
     layers: tuple[tuple[int, int], ...]
@@ -53,16 +54,17 @@ def smallest_world(config: RunConfig) -> int:
 
 
 def places(config: RunConfig, num_layers: int, world_size: int) -> list[Place]:
-    """Every rank's place; tensor ranks are neighbours, then data, then pipeline (megatron's tp-dp-pp order)."""
+    """Every rank's place; tensor ranks are neighbours, then context, data and pipeline (megatron's tp-cp-dp-pp)."""
     layout = config.parallel
     data = world_size // layout.model_ranks
     return [
         Place(
             rank=rank,
             tensor=rank % layout.tensor,
-            data=rank // layout.tensor % data,
-            pipeline=rank // (layout.tensor * data),
-            layers=stage_layers(config, num_layers, rank // (layout.tensor * data)),
+            context=rank // layout.tensor % layout.context,
+            data=rank // (layout.tensor * layout.context) % data,
+            pipeline=(stage := rank // (layout.tensor * layout.context * data)),
+            layers=stage_layers(config, num_layers, stage),
         )
         for rank in range(world_size)
     ]
@@ -203,17 +205,18 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
     data_ranks = world_size // config.parallel.model_ranks
     dtype = config.model.dtype
     numbers = parameters_on(config, model, stage, padded_vocab)
-    shards = data_ranks if config.parallel.distributed_optimizer else 1
+    shards = data_ranks * config.parallel.context if config.parallel.distributed_optimizer else 1
     trained = BYTES[dtype] + GRADIENT_BYTES + MASTER_AND_MOMENT_BYTES[dtype] / shards
     together = 2 if config.uses_preferences else 1
     longest = together * (config.data.max_prompt_tokens + longest_response(config))
     tokens = max(config.batch.tokens_per_microbatch, longest)
+    local = -(-tokens // config.parallel.context)
     return Memory(
         parameters=numbers * BYTES[dtype],
         gradients=numbers * GRADIENT_BYTES,
         optimizer=numbers * MASTER_AND_MOMENT_BYTES[dtype] // shards,
         activations=round(activation_elements(config, model, stage, tokens) * BYTES[dtype]),
-        head=head_bytes(config, model, tokens, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
+        head=head_bytes(config, model, local, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
         engine=engine_bytes(config, model) if generates(config) else 0,
         cache=cache_bytes(config, model, world_size) if generates(config) else 0,
         critic=round(critic_parameters_on(config, model, stage, padded_vocab) * trained) if config.uses_critic else 0,
@@ -227,12 +230,16 @@ def activation_elements(config: RunConfig, model: Architecture, stage: int, toke
     One layer keeps for each token: the inputs of both norms and of the two matrices behind them (4 hidden, cut over
     the tensor ranks only with sequence parallelism); query, key, value and the attention's output; the MLP's gate and
     up halves, the activated gate, and their product. Full recomputation keeps one hidden per layer, and all of the
-    above for the one layer that is being recomputed.
+    above for the one layer that is being recomputed. Context ranks have their share of the tokens, and of all tokens
+    the gathered keys and values.
     """
     layout = config.parallel
     sequence_share = layout.tensor if layout.sequence_parallel else 1
     query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     one_layer = 4 * model.hidden_size / sequence_share + (2 * query + 2 * key + 4 * model.ffn_size) / layout.tensor
+    if layout.context > 1:
+        one_layer = one_layer / layout.context + 2 * key / layout.tensor
+        sequence_share *= layout.context
     in_flight = layers_in_flight(config, model.num_layers, stage)
     if layout.recompute == "full":
         return tokens * (in_flight * model.hidden_size / sequence_share + one_layer)

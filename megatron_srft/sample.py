@@ -280,7 +280,8 @@ class PackedBatch:
     """For each sequence (without the padding), its index in the step's list of TrainingSequence."""
 
     reference_hidden: torch.Tensor | None = None
-    """[rows, hidden] the reference's last hidden states; None unless its whole distribution is asked for."""
+    """[own rows, hidden] the reference's last hidden states, at the rows of this context rank's tokens; None unless its
+    whole distribution is asked for."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same micro-batch with its tensors on `device`."""

@@ -38,6 +38,7 @@ def test_a_float_written_as_1e_6_in_the_file(tmp_path):
         ({"model": {"dtype": "float16"}}, "model.dtype: input should be 'float32' or 'bfloat16' (got 'float16')"),
         ({"data": {"train": "a.jsonl"}}, "data.train needs a list; write data.train: [a.jsonl]"),
         ({"parallel": {"tensor": 0}}, "parallel.tensor must be at least 1"),
+        ({"parallel": {"context": 0}}, "parallel.context must be at least 1"),
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline must be at least 2 and needs"),
         ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel needs parallel.tensor > 1"),
         ({"batch": {"prompts_per_step": 3, "updates_per_step": 2}}, "batch.prompts_per_step must be a multiple of"),

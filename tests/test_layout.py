@@ -58,6 +58,13 @@ def test_ranks_are_dealt_tensor_first_then_data_then_pipeline():
     ]  # fmt: skip
 
 
+def test_context_ranks_are_neighbours_of_tensor_ranks():
+    config = run(parallel={"tensor": 2, "context": 2})
+    table = [(p.rank, p.data, p.context, p.tensor) for p in layout.places(config, 28, 8)]
+    assert table == [(4 * data + 2 * context + tensor, data, context, tensor)
+                     for data in (0, 1) for context in (0, 1) for tensor in (0, 1)]  # fmt: skip
+
+
 def test_virtual_stages_are_dealt_round_robin_and_cover_every_layer_once():
     config = run(parallel={"pipeline": 2, "virtual_pipeline": 2})
     first, second = layout.stage_layers(config, 8, 0), layout.stage_layers(config, 8, 1)
@@ -114,6 +121,10 @@ def test_sequence_parallelism_and_recomputation_shrink_the_activations():
     assert elements(tensor=2) == 28 * (14336 + (layer - 14336) / 2)
     assert elements(tensor=2, sequence_parallel=True) == 28 * layer / 2
     assert elements(recompute="full") == 28 * 3584 + layer
+    gathered = 2 * 512  # keys and values of all tokens
+    assert elements(context=4) == 28 * (layer / 4 + gathered)
+    assert elements(context=4, tensor=2) == 28 * ((14336 + (layer - 14336) / 2) / 4 + gathered / 2)
+    assert elements(context=4, recompute="full") == 28 * 3584 / 4 + layer / 4 + gathered
 
 
 @pytest.mark.parametrize(

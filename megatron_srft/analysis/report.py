@@ -102,6 +102,7 @@ def settings(run: Run) -> dict[str, str]:
     config = run.config
     parallel, batch, sampling, optimizer = config.parallel, config.batch, config.rollout, config.optimizer
     layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    layout += [f"context {parallel.context}"] * (parallel.context > 1)
     if ranks := run.series("ranks"):
         layout.append(f"data {round(ranks[-1][1]) // parallel.model_ranks} ({ranks[-1][1]:.0f} ranks)")
     layout += ["sequence parallel"] * parallel.sequence_parallel

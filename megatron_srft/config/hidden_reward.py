@@ -83,6 +83,11 @@ def check_swift(run: Any, verified: bool) -> None:
         "evaluation.files asks which answers are right, and a swift reward is no verdict; add an item of kind math, "
         "exact or judge to rewards (weight 0 keeps it out of the reward)",
     )
+    require(
+        swift.refresh_every is None or run.parallel.context == 1,
+        "rewards: swift.refresh_every trains the head on hidden states of whole responses, which context ranks share; "
+        "set it to null, or parallel.context to 1",
+    )
     needs_verdicts = run.objective.kind in ("srft", "hpt", "relift") or run.batch.dynamic_sampling
     what = "batch.dynamic_sampling" if run.batch.dynamic_sampling else f"objective {run.objective.kind}"
     require(

@@ -28,6 +28,10 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     """Model chunks per pipeline stage (interleaved schedule). Needs pipeline > 1."""
 
+    context: int = 1
+    """Context-parallel size: the tokens of every micro-batch are cut over this many ranks, so that one sequence may be
+    as much longer. Attention gathers keys and values in every layer."""
+
     sequence_parallel: bool = False
     """Also cut the norm and residual activations along the sequence, over the tensor-parallel ranks."""
 
@@ -43,6 +47,7 @@ class ParallelConfig:
     def __post_init__(self):
         require(self.tensor >= 1, "parallel.tensor must be at least 1")
         require(self.pipeline >= 1, "parallel.pipeline must be at least 1")
+        require(self.context >= 1, "parallel.context must be at least 1")
         require(
             self.virtual_pipeline is None or (self.virtual_pipeline >= 2 and self.pipeline > 1),
             "parallel.virtual_pipeline must be at least 2 and needs parallel.pipeline > 1; leave it null otherwise",
@@ -54,8 +59,8 @@ class ParallelConfig:
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor * self.pipeline
+        """Ranks that work on one micro-batch together."""
+        return self.tensor * self.context * self.pipeline
 
 
 @section

@@ -17,6 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWNED = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
+    "context_parallel_size": "parallel.context",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "sequence_parallel": "parallel.sequence_parallel",
     "recompute_granularity": "parallel.recompute",
@@ -38,7 +39,6 @@ FROM_MODEL = (
 """TransformerConfig fields that the model's config.json decides."""
 
 FIXED = {
-    "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "num_moe_experts": None,
     "hidden_dropout": 0.0,
@@ -49,13 +49,17 @@ FIXED = {
 """TransformerConfig fields with only one value that the trainer supports."""
 
 
-def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Whether the layers come from TransformerEngine: in half precision, where it is installed and there is CUDA.
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether this model's layers come from TransformerEngine."""
+    return _engine_fits(config.params_dtype, config.context_parallel_size)
 
-    Its attention has no kernel for packed float32 sequences.
-    """
+
+def _engine_fits(dtype: torch.dtype, context: int) -> bool:
+    """In half precision, where it is installed and there is CUDA: its attention has no kernel for packed float32
+    sequences. Context ranks cut the row of tokens in their own way (trainer/context.py), not sequence by sequence as it
+    does."""
     has_engine = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return has_engine and dtype != torch.float32
+    return has_engine and dtype != torch.float32 and context == 1
 
 
 def transformer_config(architecture: Architecture, run: RunConfig) -> TransformerConfig:
@@ -143,6 +147,7 @@ def _layout_settings(run: RunConfig) -> dict[str, Any]:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         expert_tensor_parallel_size=layout.tensor,
     )
@@ -164,7 +169,7 @@ def _communication_settings(layout: ParallelConfig) -> dict[str, Any]:
 
 def _numeric_settings(run: RunConfig) -> dict[str, Any]:
     dtype = DTYPES[run.model.dtype]
-    fused = uses_transformer_engine(dtype)
+    fused = _engine_fits(dtype, run.parallel.context)
     return dict(
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -7,11 +7,18 @@ a padded key comes after every real query of its sequence.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_srft.distributed import Group, gather_rows
+
+QUERY_BLOCK = 1024
+"""Queries of a continued piece at a time: on a CPU their mask is a matrix of so many rows."""
 
 MIN_FILL = 0.7
 """Sequences shorter than this share of the longest in a batch go into the next batch, so that padding stays small."""
@@ -35,11 +42,43 @@ class Segments:
     """[tokens] int64; the slot of each packed token."""
 
 
+class Continued(NamedTuple):
+    """A piece of a sequence that begins on another context rank, or in this rank's other chunk."""
+
+    queries: slice
+    """Of the local tokens."""
+    keys: slice
+    """Of the whole row: from the sequence's first token to the piece's last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ContextCut:
+    """How a row of packed tokens is shared by context ranks, for one of them; see trainer/context.py."""
+
+    group: Group
+
+    place: torch.Tensor
+    """[tokens] int64; where each token of the row is, when all ranks' tokens lie end to end."""
+
+    fresh: torch.Tensor
+    """[fresh tokens] int64; local tokens of sequences that begin in the same chunk: they need no other keys."""
+
+    continued: tuple[Continued, ...]
+    """The rest, at most one piece in each of the rank's two chunks."""
+
+    answered: torch.Tensor
+    """[local tokens] int64; where each is among the fresh ones and the continued ones, end to end."""
+
+
 @dataclass
 class PackedParams(PackedSeqParams):
     """megatron's description of packed sequences, with the cut that this module's attention uses."""
 
     segments: Segments | None = None
+    """Of all tokens; with several context ranks of the `fresh` ones."""
+
+    cut: ContextCut | None = None
+    """None: this rank has all tokens."""
 
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     """What `rotate` takes; the model sets it once for all its layers, which turn queries and keys themselves."""
@@ -185,12 +224,39 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return out.transpose(1, 2)
 
 
+def context_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, cut: ContextCut, scale: float
+) -> torch.Tensor:
+    """`packed_attention` of a row that context ranks share: local tokens in, local tokens out. Collective."""
+    keys, values = gather_rows(torch.cat((key, value), dim=1), cut.group).index_select(0, cut.place).chunk(2, dim=1)
+    answers = [_continued_attention(query[c.queries], keys[c.keys], values[c.keys], scale) for c in cut.continued]
+    if len(cut.fresh):
+        fresh = (t.index_select(0, cut.fresh) for t in (query, key, value))
+        answers.insert(0, packed_attention(*fresh, segments, scale))
+    # Of no token, but it makes every rank's result depend on the gathered keys: in the backward pass all ranks of the
+    # group have to meet, those that needed none of the keys too.
+    answers.append(values[:0].repeat_interleave(query.shape[1] // key.shape[1], dim=1))
+    return torch.cat(answers).index_select(0, cut.answered)
+
+
+def _continued_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention where the last query belongs to the last key: [queries, heads, dim], [keys, key heads, dim]."""
+    missing, answers = len(key) - len(query), []
+    for begin in range(0, len(query), QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, len(query))
+        block = (t.transpose(0, 1)[None] for t in (query[begin:end], key[: missing + end], value[: missing + end]))
+        mask = causal_lower_right(end - begin, missing + end)
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(*block, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        answers.append(out[0].transpose(0, 1))
+    return torch.cat(answers)
+
+
 class PackedAttention(MegatronModule):
     """Drop-in for megatron's DotProductAttention in the local layer spec. No dropout, no masks but the causal one."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallelism needs another attention"
         self.scale = softmax_scale or config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -199,5 +265,9 @@ class PackedAttention(MegatronModule):
         """[tokens, 1, heads, dim] -> [tokens, 1, heads * dim]"""
         query, key, value = (t.squeeze(1) for t in (query, key, value))
         query, key = (rotate(t, *packed_seq_params.rotation) for t in (query, key))
-        out = packed_attention(query, key, value, packed_seq_params.segments, self.scale)
+        segments, cut = packed_seq_params.segments, packed_seq_params.cut
+        if cut is None:
+            out = packed_attention(query, key, value, segments, self.scale)
+        else:
+            out = context_attention(query, key, value, segments, cut, self.scale)
         return out.flatten(1).unsqueeze(1)

@@ -1,7 +1,7 @@
 """The reference beside the policy in one update, for a divergence over the whole vocabulary.
 
 Logits of both would be two matrices of [rows, vocabulary]. Instead a forward pass under the reference's weights keeps
-its hidden states at the response rows ([rows, hidden] per micro-batch) and a copy of its LM head's shard;
+its hidden states at the response rows ([own rows, hidden] per micro-batch) and a copy of its LM head's shard;
 ops/linear_kl.py multiplies a chunk of the vocabulary at a time.
 """
 
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_srft.distributed import ProcessGroups
 from megatron_srft.ops.linear_kl import Direction
 from megatron_srft.sample import PackedBatch
+from megatron_srft.trainer.context import Part
 from megatron_srft.trainer.head import ReferenceHead, response_rows
 from megatron_srft.trainer.model import PolicyModel
 from megatron_srft.trainer.reference import Reference
@@ -26,8 +27,8 @@ class HiddenStates:
     chunks: list[DistributedDataParallel]
     groups: ProcessGroups
 
-    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> torch.Tensor:
-        return response_rows(hidden, batch, model.config.sequence_parallel, self.groups.tensor)
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, part: Part) -> torch.Tensor:
+        return response_rows(hidden, part, model.config.sequence_parallel, self.groups.tensor)
 
 
 def beside_reference(

@@ -77,6 +77,7 @@ def save(
     layout = {
         "tensor": size(groups.tensor),
         "pipeline": size(groups.pipeline),
+        "context": size(groups.context),
         "data": size(groups.data),
         "optimizer": kind(optimizer),
         "model": _shape(chunks),
@@ -87,7 +88,7 @@ def save(
     needed = _bytes_needed(chunks, optimizer, reference)
     if critic is not None:
         needed += _bytes_needed(critic.models, critic.optimizer, None)
-    needed *= size(groups.model)
+    needed *= size(groups.tensor) * size(groups.pipeline)
     needed += sum(array.nbytes for array in arrays.values())
     problem = (
         attempt(lambda: publish.prepare(partial, needed), groups, main_only=True)
@@ -119,7 +120,7 @@ def _write(partial: Path, state: dict[str, Any], arrays: dict[str, np.ndarray], 
     that fails the others wait for it for ever. All versions of megatron-core read a checkpoint with a common.pt.
     """
     sharded, common = save_preprocess(state)
-    strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), groups.data, True)
+    strategy = FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), groups.copies, True)
 
     def write_common() -> None:
         torch.save(common, partial / "common.pt")
@@ -177,7 +178,7 @@ def load(
             f"{path} holds no critic, which objective.kind ppo needs; give PPO a stage of its own, or choose another "
             "name for a new run"
         )
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.data)
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), groups.copies)
     state = sharded_state(chunks, optimizer, groups, reference, critic, loading=True)
     with _weights_only():
         state = dist_checkpointing.load(state, str(path), strategy)

@@ -17,6 +17,7 @@ from megatron_srft.config import ConfigError, CriticConfig, RunConfig
 from megatron_srft.distributed import ProcessGroups, rank, size
 from megatron_srft.objectives.value import value_loss
 from megatron_srft.sample import Counts, PackedBatch
+from megatron_srft.trainer.context import Part
 from megatron_srft.trainer.conversion import parameters, read_hf_config
 from megatron_srft.trainer.model import PolicyModel, build_model
 from megatron_srft.trainer.optimizer import build_optimizer, clip_and_step, wrap
@@ -66,14 +67,14 @@ class Critic:
         """The model chunks without Megatron's DDP around them."""
         return [chunk.module for chunk in self.chunks]
 
-    def outputs(self, hidden: torch.Tensor, model: ValueModel, batch: PackedBatch) -> torch.Tensor:
+    def outputs(self, hidden: torch.Tensor, model: ValueModel, part: Part) -> torch.Tensor:
         """[rows] float32 values from the last stage's hidden states."""
         if model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tensor
             )
-        rows = hidden[:, 0].index_select(0, batch.rows)
-        return (rows.float() @ model.output_layer.weight[0].float()).float()
+        rows = hidden[:, 0].index_select(0, part.rows)
+        return part.whole((rows.float() @ model.output_layer.weight[0].float()).float())
 
     def values(self, microbatches: list[PackedBatch]) -> dict[int, np.ndarray]:
         """[response] values of every sequence of the step (by index), on every rank, without gradients."""

@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel import (
 from megatron_srft.distributed import Group, rank
 from megatron_srft.ops.linear_kl import Direction, linear_kl
 from megatron_srft.ops.linear_token_logprob import linear_token_logprob
-from megatron_srft.sample import PackedBatch, TokenStats
+from megatron_srft.sample import TokenStats
+from megatron_srft.trainer.context import Part
 
 
 class ReferenceHead(NamedTuple):
@@ -31,7 +32,7 @@ class ReferenceHead(NamedTuple):
 def token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    batch: PackedBatch,
+    part: Part,
     *,
     vocab_size: int,
     temperature: float,
@@ -40,16 +41,16 @@ def token_stats(
     tensor_group: Group,
     reference_head: ReferenceHead | None = None,
 ) -> TokenStats:
-    """Log-prob and entropy at the batch's rows; with a reference head also the divergence from the reference.
+    """Log-prob and entropy at the micro-batch's rows; with a reference head also the divergence from the reference.
 
     Args:
-        hidden: [tokens (/ tensor ranks with sequence parallelism), 1, hidden], after the final norm.
+        hidden: [local tokens (/ tensor ranks with sequence parallelism), 1, hidden], after the final norm.
         weight: [vocabulary shard, hidden], this rank's rows of the output embedding.
         vocab_size: valid vocabulary; the padding columns behind it take no probability.
         temperature: the logits are divided by it.
         saved_logits_bytes: budget for keeping logits from the forward to the backward pass.
     """
-    rows = response_rows(hidden, batch, sequence_parallel, tensor_group)
+    rows = response_rows(hidden, part, sequence_parallel, tensor_group)
     accumulates = torch.is_grad_enabled() and hasattr(weight, "main_grad")
     head = _GradientInMainGrad.apply(weight) if accumulates else weight
     columns = dict(
@@ -59,22 +60,21 @@ def token_stats(
         group=tensor_group,
         weight_gradient=weight.main_grad if accumulates else None,
     )
-    logprobs, entropy = linear_token_logprob(rows, head, batch.labels, saved_logits_bytes=saved_logits_bytes, **columns)
+    logprobs, entropy = linear_token_logprob(rows, head, part.labels, saved_logits_bytes=saved_logits_bytes, **columns)
     divergence = None
     if reference_head is not None:
-        reference = (batch.reference_hidden, reference_head.weight)
-        divergence = linear_kl(rows, head, *reference, direction=reference_head.direction, **columns)
-    return TokenStats(logprobs=logprobs, entropy=entropy, reference_kl=divergence)
+        reference = (part.batch.reference_hidden, reference_head.weight)
+        divergence = part.whole(linear_kl(rows, head, *reference, direction=reference_head.direction, **columns))
+    return TokenStats(logprobs=part.whole(logprobs), entropy=part.whole(entropy), reference_kl=divergence)
 
 
-def response_rows(
-    hidden: torch.Tensor, batch: PackedBatch, sequence_parallel: bool, tensor_group: Group
-) -> torch.Tensor:
-    """[rows, hidden] hidden states at the batch's rows, on every tensor-parallel rank; see the module for gradients."""
+def response_rows(hidden: torch.Tensor, part: Part, sequence_parallel: bool, tensor_group: Group) -> torch.Tensor:
+    """[own rows, hidden] hidden states at this part's rows, on every tensor-parallel rank; see the module for
+    gradients."""
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_group)
-        return hidden[:, 0].index_select(0, batch.rows)
-    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, batch.rows), group=tensor_group)
+        return hidden[:, 0].index_select(0, part.rows)
+    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, part.rows), group=tensor_group)
 
 
 class _GradientInMainGrad(torch.autograd.Function):

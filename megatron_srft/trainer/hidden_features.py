@@ -13,12 +13,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megatron_srft.config import require
 from megatron_srft.distributed import ProcessGroups, rank, size
 from megatron_srft.hidden_reward import HeadConfig
 from megatron_srft.hidden_reward.pooling import inverse_rms
 from megatron_srft.hidden_reward.states import LocalStates, Question, end_to_end
 from megatron_srft.ops.gated_pooling import share_of_hidden
 from megatron_srft.sample import PackedBatch, TrainingSequence
+from megatron_srft.trainer.context import Part
 from megatron_srft.trainer.parallel import device
 from megatron_srft.trainer.step import forward_pass
 from megatron_srft.trainer.tap import tapped, taps
@@ -38,7 +40,8 @@ class Piece:
 
 
 class Recomputed:
-    """A `hidden_reward.States` whose `read` is a forward pass over the responses.
+    """A `hidden_reward.States` whose `read` is a forward pass over the responses. Raises ConfigError under context
+    parallelism.
 
     Args:
         sequences: prompt and response of each.
@@ -48,6 +51,10 @@ class Recomputed:
     def __init__(self, trainer: Trainer, sequences: Sequence[TrainingSequence], config: HeadConfig):
         self.trainer, self.sequences, self.config = trainer, sequences, config
         self.groups, self.device = trainer.groups, device()
+        require(
+            size(self.groups.context) == 1,
+            "hidden states of a response that context ranks share are not read; set parallel.context to 1",
+        )
         model = trainer.models[0].config
         here = {layer for chunk in trainer.models for layer in taps(chunk)}
         self.own_layers = tuple(place for place, layer in enumerate(config.layers) if layer in here)
@@ -96,7 +103,7 @@ class _Network:
     chunks: list[DistributedDataParallel]
     groups: ProcessGroups
 
-    def outputs(self, hidden: Tensor, model, batch: PackedBatch) -> None:
+    def outputs(self, hidden: Tensor, model, part: Part) -> None:
         return None
 
 

@@ -4,6 +4,7 @@ A layer's states are there while the layer runs. Each rank adds its share of gat
 
     tensor parallel     its columns of every state         sequence parallel   its tokens, all columns
     pipeline            its layers                          data parallel       its sequences
+    context parallel    its tokens
 
 and one sum over the ranks of the model replica, when the pass is done, completes all of them. No state outlives its
 layer, none is sent, and the pass's own communication does not change.
@@ -19,6 +20,7 @@ from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_red
 from megatron_srft.hidden_reward import BaseModel, RewardHead, add_layer, scored_sequences, weights_fingerprint
 from megatron_srft.ops.gated_pooling import gated_mean, share_of_hidden
 from megatron_srft.sample import PackedBatch
+from megatron_srft.trainer.context import local_tokens
 from megatron_srft.trainer.step import Policy, SequenceStats, statistics_pass
 from megatron_srft.trainer.tap import TapError, tapped
 from megatron_srft.trainer.trunk import run_trunk
@@ -102,15 +104,15 @@ class Projection:
         rows = flat[: tokens * 2].view(tokens, 2)
         for own, length, part in zip(self.sums, self.lengths, rows.split(self.lengths), strict=True):
             if own is not None:
-                share = length // size(self.token_group)
-                part.narrow(0, rank(self.token_group) * share, share).copy_(own)
+                local = local_tokens(length, self.groups.context).chunk(size(self.token_group))
+                part.index_copy_(0, local[rank(self.token_group)].to(part.device), own)
         flat[tokens * 2 :] = flat.new_tensor(self.reads)
         all_reduce(flat, self.groups.model)
         self._check(flat[tokens * 2 :].tolist())
         return rows
 
     def _check(self, reads: list[float]) -> None:
-        expected = len(self.lengths) * size(self.groups.tensor)
+        expected = len(self.lengths) * size(self.groups.tensor) * size(self.groups.context)
         missing = [layer for layer, found in zip(self.head.layers, reads, strict=True) if found != expected]
         if missing:
             raise TapError(f"layers {missing} were not read by every rank that holds them for every micro-batch")

@@ -83,6 +83,8 @@ class PolicyModel(GPTModel):
         # megatron fixes all but one of the constants of Llama 3's scaling, so the frequencies come from our own reader.
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+        # Else it would cut its angles over the context ranks in its own way; see _preprocess for who uses them.
+        self.rotary_pos_emb.cp_group = None
 
     def _preprocess(self, *args, position_ids, packed_seq_params, **kwargs):
         outputs = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
@@ -146,7 +148,7 @@ def build_model(
 
 def layer_specs(config: TransformerConfig, virtual_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """The modules that this chunk's layers are made of."""
-    if uses_transformer_engine(config.params_dtype):
+    if uses_transformer_engine(config):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules, attention = layer.submodules, layer.submodules.self_attention.submodules

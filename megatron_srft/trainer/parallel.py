@@ -39,6 +39,7 @@ def start(config: ParallelConfig, seed: int) -> ProcessGroups:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
     seed_step(seed, 0)
@@ -46,9 +47,22 @@ def start(config: ParallelConfig, seed: int) -> ProcessGroups:
         world=dist.group.WORLD,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        copies=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model=_replica(config),
     )
+
+
+def _replica(config: ParallelConfig) -> dist.ProcessGroup:
+    """This rank's replica as a group, which megatron has only without the context ranks."""
+    if config.context == 1:
+        return parallel_state.get_model_parallel_group()
+    own, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, own)
+    members = [[rank for rank, number in enumerate(numbers) if number == replica] for replica in range(replicas)]
+    return [dist.new_group(ranks, timeout=TIMEOUT) for ranks in members][own]
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -66,10 +80,16 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
     """Raise ConfigError unless a whole number of model replicas fits."""
     if world_size % config.model_ranks:
         raise ConfigError(
-            f"parallel.tensor x parallel.pipeline = {config.tensor} x {config.pipeline} = {config.model_ranks} ranks "
-            f"per model replica, which does not divide the {world_size} process(es) of this run; "
+            f"{_product(config)} = {config.model_ranks} ranks per model replica, which does not divide the "
+            f"{world_size} process(es) of this run; "
             f"start with torchrun --nproc-per-node {config.model_ranks} (or a multiple), or make the layout smaller"
         )
+
+
+def _product(config: ParallelConfig) -> str:
+    sizes = {"tensor": config.tensor, "context": config.context, "pipeline": config.pipeline}
+    shown = [name for name in sizes if name != "context" or config.context > 1]
+    return " x ".join(f"parallel.{name}" for name in shown) + " = " + " x ".join(str(sizes[name]) for name in shown)
 
 
 def _join_world() -> None:

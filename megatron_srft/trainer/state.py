@@ -34,7 +34,7 @@ def sharded_state(
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": groups.data,
+        "dp_cp_group": groups.copies,
     }
     state = {
         model_key(number, chunks): chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)

@@ -21,7 +21,7 @@ from megatron_srft.config import RunConfig
 from megatron_srft.distributed import ProcessGroups, all_gather_objects, all_reduce, broadcast_object, size
 from megatron_srft.sample import Counts, PackedBatch, TokenStats
 from megatron_srft.trainer.architecture import uses_transformer_engine
-from megatron_srft.trainer.attention import PackedParams, packed_params
+from megatron_srft.trainer.context import Part, local_part
 from megatron_srft.trainer.head import ReferenceHead, token_stats
 from megatron_srft.trainer.model import PolicyModel
 
@@ -34,8 +34,8 @@ class Network(Protocol):
 
     groups: ProcessGroups
 
-    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> Any:
-        """What the loss takes, from the last stage's hidden states."""
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, part: Part) -> Any:
+        """What the loss takes, from the last stage's hidden states of this context rank's part of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Policy:
     reference_head: ReferenceHead | None = None
     """For the divergence from a reference over the whole vocabulary, where that is asked for."""
 
-    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> TokenStats:
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, part: Part) -> TokenStats:
         return token_stats(
             hidden,
             model.output_weight(),
-            batch,
+            part,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
             saved_logits_bytes=self.saved_logits_bytes,
@@ -168,9 +168,9 @@ def per_sequence(batch: PackedBatch, rows: torch.Tensor) -> dict[int, np.ndarray
 
 def _run_schedule(network: Network, microbatches: list[PackedBatch], loss: Callable, *, forward_only: bool) -> list:
     """Run Megatron's schedule; returns what `loss` reported per micro-batch (on the last stage, else [])."""
-    thd = uses_transformer_engine(network.chunks[0].module.config.params_dtype)
-    described = [(batch, packed_params(batch.cu_seqlens, thd)) for batch in microbatches]
-    streams = [iter(described) for _ in network.chunks]
+    thd = uses_transformer_engine(network.chunks[0].module.config)
+    parts = [local_part(batch, network.groups.context, thd) for batch in microbatches]
+    streams = [iter(parts) for _ in network.chunks]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, network=network, loss=loss),
         data_iterator=streams if len(streams) > 1 else streams[0],
@@ -183,12 +183,12 @@ def _run_schedule(network: Network, microbatches: list[PackedBatch], loss: Calla
     )
 
 
-def _forward_step(data: Iterator[tuple[PackedBatch, PackedParams]], chunk, *, network: Network, loss: Callable):
-    batch, packed = next(data)
-    hidden = chunk(batch.token_ids[None], batch.position_ids[None], None, packed_seq_params=packed)
+def _forward_step(data: Iterator[Part], chunk, *, network: Network, loss: Callable):
+    part = next(data)
+    hidden = chunk(part.token_ids[None], part.position_ids[None], None, packed_seq_params=part.params)
 
     def loss_function(hidden: torch.Tensor, non_loss_data: bool = False):
-        return loss(batch, network.outputs(hidden, chunk.module, batch))
+        return loss(part.batch, network.outputs(hidden, chunk.module, part))
 
     return hidden, loss_function
 

@@ -16,6 +16,7 @@ from megatron_srft.objectives.value import value_figures
 from megatron_srft.ops import implementations
 from megatron_srft.sample import PackedBatch, TrainingSequence, count
 from megatron_srft.trainer.beside_reference import beside_reference
+from megatron_srft.trainer.context import grain
 from megatron_srft.trainer.conversion import export_policy, load_policy, read_hf_config
 from megatron_srft.trainer.critic import Critic
 from megatron_srft.trainer.hidden_score import describe_base, scored_statistics_pass, shared_fingerprint
@@ -216,8 +217,8 @@ class Trainer:
         budget = self.config.batch.tokens_per_microbatch
         ranks, own = (size(self.groups.data), rank(self.groups.data)) if shared else (1, 0)
         plan = plan_sequences(sequences, budget, ranks, multiple)[own]
-        grain = parallel.tensor if parallel.sequence_parallel else 1
-        padded = [padded_length(sum(lengths[i] for i in indices), grain) for indices in plan]
+        unit = grain(parallel.context) * (parallel.tensor if parallel.sequence_parallel else 1)
+        padded = [padded_length(sum(lengths[i] for i in indices), unit) for indices in plan]
         if parallel.pipeline > 1:
             # Stages exchange activations of a fixed shape.
             padded = [max(padded)] * len(padded)

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_srft.distributed import ProcessGroups
 from megatron_srft.sample import PackedBatch
+from megatron_srft.trainer.context import Part
 from megatron_srft.trainer.model import PolicyModel
 from megatron_srft.trainer.step import Policy, forward_pass, measure
 
@@ -26,7 +27,7 @@ class Trunk:
     weight: torch.Tensor | None
     """[hidden] of the scalar head; None: the forward pass is made for what its layers are read for."""
 
-    def outputs(self, hidden: torch.Tensor, model: PolicyModel, batch: PackedBatch) -> torch.Tensor | None:
+    def outputs(self, hidden: torch.Tensor, model: PolicyModel, part: Part) -> torch.Tensor | None:
         """[sequences] float32, at the last token of each; after the final norm."""
         if self.weight is None:
             return None
@@ -34,8 +35,9 @@ class Trunk:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tensor
             )
+        batch = part.batch
         last = batch.cu_seqlens[1 : len(batch.sequence_ids) + 1].long() - 1
-        return hidden[:, 0].index_select(0, last).float() @ self.weight.float()
+        return part.at(last, hidden[:, 0]).float() @ self.weight.float()
 
 
 def text_rewards(policy: Policy, microbatches: list[PackedBatch], weight: torch.Tensor) -> dict[int, float]:

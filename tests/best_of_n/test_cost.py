@@ -103,7 +103,7 @@ def rewards_by_hand(folder):
 
 
 def test_both_passes_give_the_same_scores_and_text_rewards_are_a_real_forward(folder):
-    layouts = [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}]
+    layouts = [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"context": 2}]
     expected = rewards_by_hand(folder)
     results = [each for rank in spawn(2, in_layouts, folder, layouts) for each in rank]
     for beside, alone, text, costs in results:

@@ -30,6 +30,10 @@ def tree(swift: dict | None = None, verifier: str | None = "exact", **sections) 
             "judge (weight 0 keeps it out of the reward), or set refresh_every to null",
         ),
         (
+            tree({"refresh_every": 2}, parallel={"context": 2}),
+            "rewards: swift.refresh_every trains the head on hidden states of whole responses, which context ranks",
+        ),
+        (
             tree(verifier=None, objective={"kind": "srft"}),
             "objective srft asks which answers are right, and a swift reward is no verdict; add an item of kind math",
         ),

@@ -108,6 +108,7 @@ CASES = {
         ({"pipeline": 2}, 20, FORWARD),
         ({"pipeline": 2, "virtual_pipeline": 2}, 20, FORWARD),
         ({"tensor": 2, "recompute": "full"}, 30, REVERSE),
+        ({"context": 2}, 20, FORWARD),
     ],
 }
 

@@ -120,6 +120,7 @@ LAYOUTS = [
     {},
     {"overlap_communication": True},
     {"tensor": 2, "sequence_parallel": True, "recompute": "full"},
+    {"context": 2},
 ]
 
 

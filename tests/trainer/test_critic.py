@@ -31,6 +31,7 @@ CASES = {
         ({"distributed_optimizer": False}, 20),  # DP2
         ({"tensor": 2}, 30),
         ({"tensor": 2, "sequence_parallel": True}, 30),
+        ({"context": 2, "distributed_optimizer": False}, 20),
         ({"pipeline": 2}, 20),
         ({"pipeline": 2, "virtual_pipeline": 2, "overlap_communication": True}, 20),
     ],

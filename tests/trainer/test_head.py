@@ -23,7 +23,7 @@ def _head_gradient(tied_on_one_stage):
 
     host.install()
     dist.init_process_group("gloo")
-    from megatron_srft.sample import PackedBatch
+    from megatron_srft.trainer.context import Part
     from megatron_srft.trainer.head import token_stats
 
     torch.manual_seed(0)
@@ -32,11 +32,9 @@ def _head_gradient(tied_on_one_stage):
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(16, 8), False
     if tied_on_one_stage:
         weight.zero_out_wgrad = True
-    batch = PackedBatch.__new__(PackedBatch)  # the head reads two of its fields
-    object.__setattr__(batch, "rows", rows)
-    object.__setattr__(batch, "labels", labels)
+    part = Part(batch=None, token_ids=None, position_ids=None, rows=rows, labels=labels, params=None)
     stats = token_stats(
-        hidden.requires_grad_(), weight, batch, vocab_size=13, temperature=0.7, saved_logits_bytes=0,
+        hidden.requires_grad_(), weight, part, vocab_size=13, temperature=0.7, saved_logits_bytes=0,
         sequence_parallel=False, tensor_group=dist.group.WORLD,
     )  # fmt: skip
     (stats.logprobs.sum() + stats.entropy.square().sum()).backward()

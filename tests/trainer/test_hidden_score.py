@@ -48,12 +48,15 @@ CASES = {
         ("llama", {"pipeline": 2, "virtual_pipeline": 2}, 20, SHUFFLED),
         ("llama", {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, 1000, WHOLE),
         ("qwen3", {"tensor": 2, "sequence_parallel": True, "recompute": "selective"}, 30, WHOLE),
+        ("qwen3", {"context": 2}, 30, SHUFFLED),
     ],
     4: [
         ("qwen2", {"tensor": 2, "pipeline": 2}, 20, WHOLE),
         ("qwen3", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 30, SHUFFLED),
         ("llama", {"tensor": 2, "sequence_parallel": True}, 30, WHOLE),  # x DP2
         ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}, 30, WHOLE),  # x DP2
+        ("qwen2", {"context": 2, "tensor": 2, "sequence_parallel": True}, 30, SHUFFLED),
+        ("llama", {"context": 2, "pipeline": 2}, 20, WHOLE),
     ],
 }
 """By number of ranks: family, layout, tokens per micro-batch, order of the sequences."""

@@ -144,12 +144,20 @@ CASES = {
         ({"tensor": 2, "recompute": "full"}, 30, WHOLE),
         ({"tensor": 2, "sequence_parallel": True, "recompute": "selective"}, 30, WHOLE),
         ({"overlap_communication": True}, 20, WHOLE),
+        ({"context": 2}, 1000, WHOLE),
+        ({"context": 2}, 1, SHUFFLED),  # a sequence at a time, cut in the middle
+        ({"context": 2, "recompute": "full"}, 20, SHUFFLED),
     ],
     4: [
         ({"tensor": 2, "pipeline": 2}, 20, WHOLE),
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 30, SHUFFLED),
         ({"tensor": 2}, 30, WHOLE),  # TP2 x DP2
         ({"pipeline": 2, "virtual_pipeline": 2}, 30, WHOLE),  # x DP2
+        ({"context": 4}, 1, WHOLE),
+        ({"context": 2}, 30, SHUFFLED),  # x DP2
+        ({"context": 2, "tensor": 2}, 20, WHOLE),
+        ({"context": 2, "tensor": 2, "sequence_parallel": True, "recompute": "selective"}, 30, SHUFFLED),
+        ({"context": 2, "pipeline": 2}, 20, WHOLE),
     ],
 }
 

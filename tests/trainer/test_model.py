@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 from tiny_models import make_model
 
 from megatron_srft.config import ConfigError, DataConfig, LocalRolloutConfig, ModelConfig, ParallelConfig, RunConfig
@@ -194,7 +195,11 @@ def test_transformer_engine_is_for_half_precision_on_cuda(monkeypatch):
     found = object()
     monkeypatch.setattr(trainer_architecture.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(trainer_architecture.torch.cuda, "is_available", lambda: True)
-    assert trainer_architecture.uses_transformer_engine(torch.bfloat16)
-    assert not trainer_architecture.uses_transformer_engine(torch.float32)
+    uses = trainer_architecture.uses_transformer_engine
+    half, single = (TransformerConfig(num_layers=1, num_attention_heads=1, params_dtype=dtype)
+                    for dtype in (torch.bfloat16, torch.float32))  # fmt: skip
+    assert uses(half) and not uses(single)
+    assert not uses(TransformerConfig(num_layers=1, num_attention_heads=1, params_dtype=torch.bfloat16,
+                                      context_parallel_size=2))  # fmt: skip
     monkeypatch.setattr(trainer_architecture.torch.cuda, "is_available", lambda: False)
-    assert not trainer_architecture.uses_transformer_engine(torch.bfloat16)
+    assert not uses(half)

@@ -77,6 +77,8 @@ LAYOUTS = [
     {"tensor": 2, "distributed_optimizer": False, "sequence_parallel": True},
     {"pipeline": 2},
     {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": False},
+    {"context": 2},
+    {"context": 2, "distributed_optimizer": False, "overlap_communication": True},
 ]
 SMOOTH = {"lr": 0.3, "adam_epsilon": 1.0, "weight_decay": 0.1, "clip_grad": 0.05}
 """Clips, decays, and has an epsilon that keeps rounding in a small gradient from turning into a full-sized update."""
