@@ -29,7 +29,7 @@ LEFT_OUT = 2
 FORMS = {
     "as it goes": {},
     "a step ahead": {"rollout.steps_ahead": 1},
-    "in rounds": {"rollout.partial": {"tokens_per_round": 16, "extra_prompts": 12, "max_age": 4}},
+    "in rounds": {"rollout.partial": {"extra_prompts": 12, "max_age": 4}},
 }
 
 
@@ -39,9 +39,12 @@ def run(form: str, options: argparse.Namespace, data: Path, folder: Path) -> dic
         "name": form.replace(" ", "-"), "run_dir": str(folder), "steps": options.steps, "model.path": options.model,
         "parallel.tensor": 1, "data.train": [str(data)], "evaluation.files": [], "batch.prompts_per_step": 24,
         "batch.rollouts_per_prompt": 8, "rollout.max_response_tokens": options.tokens, "objective": {"kind": "grpo"},
+        "rollout.temperature": options.temperature,
         "parity": {"every": 0, "correction": "truncate"}, "optimizer.lr": 0.0, "optimizer.warmup_steps": 0,
         **FORMS[form],
     }  # fmt: skip
+    if partial := values.get("rollout.partial"):
+        values["rollout.partial"] = partial | {"tokens_per_round": options.round}
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     command = [sys.executable, "-m", "megatron_srft.train", str(EXAMPLE / "config.yaml"), *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -62,6 +65,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Hugging Face folder with the arithmetic example's tokenizer")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=64, help="limit of a response")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="high ones make lengths uneven: at 4 the demo's tail is long"
+    )
+    parser.add_argument("--round", type=int, default=16, help="tokens of a round")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     data = EXAMPLE / "data" / "train.jsonl"

