@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 from megatron_srft.config import VllmServerRolloutConfig, require
 from megatron_srft.rollout.engine import RolloutError
 
+START_AGAIN = "start the servers again, then the same command: it waits for them and goes on from its last checkpoint"
+"""What to do when no server is left."""
+
 SHOWN = 300
 """Characters of a server's own words in a message."""
 

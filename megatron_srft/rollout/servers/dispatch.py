@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from megatron_srft.rollout.engine import RolloutError
-from megatron_srft.rollout.servers.client import Server, ServerFailed, ServerLost
+from megatron_srft.rollout.servers.client import START_AGAIN, Server, ServerFailed, ServerLost
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ class Dispatch:
         """Give the requests to the server with least to do."""
         if not self.waiting:
             reasons = "; ".join(f"{s.url}: {s.dead}" for s in self.servers)
-            self.error = self.error or RolloutError(f"none of rollout.servers is left to sample completions: {reasons}")
+            lost = f"none of rollout.servers is left to sample completions: {reasons}"
+            self.error = self.error or RolloutError(f"{lost}; {START_AGAIN}")
             return
         self.waiting[min(self.waiting, key=self._load)].append(group)
 

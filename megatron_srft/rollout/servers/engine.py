@@ -25,7 +25,7 @@ from megatron_srft.deadline import Deadline
 from megatron_srft.rollout.engine import Request, RolloutError
 from megatron_srft.rollout.servers import routes
 from megatron_srft.rollout.servers.admission import Admission, wait_for
-from megatron_srft.rollout.servers.client import Refused, Server, ServerFailed, ServerLost, server_key
+from megatron_srft.rollout.servers.client import START_AGAIN, Refused, Server, ServerFailed, ServerLost, server_key
 from megatron_srft.rollout.servers.dispatch import Dispatch
 from megatron_srft.rollout.servers.feed import Feed, Part, compare, part_key, slices
 from megatron_srft.rollout.servers.nccl import device_buckets
@@ -220,7 +220,7 @@ class VllmServerEngine:
                 log.warning("server %s is back (it was dropped: %s)", server.url, before[server.url])
         if not self.live:
             reasons = "; ".join(f"{server.url}: {server.dead}" for server in self.servers)
-            raise RolloutError(f"none of rollout.servers has taken the weights: {reasons}")
+            raise RolloutError(f"none of rollout.servers has taken the weights: {reasons}; {START_AGAIN}")
 
     def unlike(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         """See `RolloutEngine`; each rank answers for the servers that it feeds."""
