@@ -60,7 +60,8 @@ class Part:
         if self.place is None:
             return figures.index_select(0, tokens)
         places = self.place[tokens]
-        return sum_shared(figures.index_select(0, places.clamp(min=0)) * (places >= 0)[:, None], self.group)
+        own = figures.index_select(0, places.clamp(min=0)).masked_fill((places < 0)[:, None], 0)  # even where it is NaN
+        return sum_shared(own, self.group)
 
 
 def local_part(batch: PackedBatch, group: Group, thd: bool) -> Part:
