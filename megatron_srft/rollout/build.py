@@ -1,10 +1,12 @@
 """Engines and tokenizers from a config and a Hugging Face folder."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_srft import distributed
@@ -17,6 +19,15 @@ from megatron_srft.rollout.replay import ReplayEngine
 from megatron_srft.rollout.servers import engine as servers
 from megatron_srft.rollout.vllm import engine as vllm
 from megatron_srft.weights.folder import HfFolder
+
+log = logging.getLogger(__name__)
+
+PROBES = (
+    "So x^2 + 12y = 345.",
+    "  two lines:\n\n\tdef f(a, b): return a",
+    "\u00e9t\u00e9, \u03c0 \u2248 3.14 \u4f60\u597d",
+)
+"""Texts that tokenizers cut into words in different ways: spaces, digits, lines, other scripts."""
 
 
 def build_engine(
@@ -128,11 +139,35 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ConfigError(f"model.path {folder} has no tokenizer (tokenizer.json); copy the tokenizer's files there")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        if difference := _misread(folder / "tokenizer.json", tokenizer):
+            if distributed.is_main():
+                log.warning("%s", difference)
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception, json and transformers their own
         raise ConfigError(
             f"model.path {folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy its files anew"
         ) from error
+
+
+def _misread(file: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What transformers makes of the folder's tokenizer.json otherwise than the file says; None when nothing.
+
+    By the model's type transformers 5 may take a class that cuts text into words in its own way, whatever the file has.
+    """
+    if not file.is_file():
+        return None
+    written = Tokenizer.from_file(str(file))
+    for text in PROBES:
+        wanted = written.encode(text, add_special_tokens=False).ids
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != wanted and written.decode(wanted) == text:  # else the vocabulary does not have these characters
+            return (
+                f"transformers reads {file} as a {type(tokenizer).__name__}, which makes other tokens of {text!r} than "
+                f"the file says ({len(found)} instead of {len(wanted)}; in text again: {tokenizer.decode(found)!r}); a "
+                "model that was trained by the file is given tokens that it does not know"
+            )
+    return None
 
 
 def _model_folder(config: ModelConfig) -> Path:

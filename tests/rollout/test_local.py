@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_tokenizer
+from tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_srft.config import ModelConfig, RunConfig, SamplingConfig
@@ -193,6 +193,15 @@ def test_weights_that_are_not_finite_end_the_run_with_a_sentence(folders, prompt
     engine.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(RolloutError, match="12 of 12 completions have log-probs that are not finite"):
         engine.generate(one_each(prompts), SamplingConfig(max_response_tokens=3, **options))
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_than_its_file_is_told(tmp_path, caplog):
+    """With a config of Qwen2's, transformers cuts text into words as Qwen2 does, and loses this vocabulary's spaces."""
+    for family in ("qwen2", "mistral"):
+        load_tokenizer(ModelConfig(path=str(make_model(family, tmp_path / family, num_hidden_layers=1))))
+    (told,) = [record.getMessage() for record in caplog.records if "transformers reads" in record.getMessage()]
+    assert str(tmp_path / "qwen2" / "tokenizer.json") in told
+    assert "(14 instead of 19; in text again: 'Sox^2+12y=345.')" in told
 
 
 def test_a_damaged_tokenizer_is_named(folders, tmp_path):
