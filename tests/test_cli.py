@@ -25,6 +25,11 @@ def command(*arguments: str, cwd: Path | None = None, **environment: str) -> sub
     )  # fmt: skip
 
 
+def complaints(result: subprocess.CompletedProcess) -> list[str]:
+    """Lines on stderr, but for what is said of every vocabulary of ours beside a config of Qwen2's."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("transformers reads ")]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder with a model, problems and a config that fit together."""
@@ -138,7 +143,7 @@ def test_dry_run_shows_the_command_with_its_overrides(folder, monkeypatch, capsy
 
 def test_convert_there_and_back_keeps_every_bit(folder, tmp_path):
     there = command("convert", folder / "model", tmp_path / "run")
-    assert (there.returncode, there.stderr) == (0, "")
+    assert (there.returncode, complaints(there)) == (0, [])
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000"
     assert there.stdout == f"{checkpoint}\n"
     assert command("convert", checkpoint, tmp_path / "back").returncode == 0
@@ -155,7 +160,7 @@ def test_evaluate_gives_a_folder_and_its_checkpoint_the_same_answers(folder, tmp
         out = tmp_path / f"{number}.json"
         options = ["--max-response-tokens", "8", "--reward", "exact", "--answer-after", "#", "--json", str(out)]
         result = command("evaluate", model, folder / "train.jsonl", *options)
-        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.returncode, complaints(result)) == (0, [])
         assert result.stdout.splitlines()[0].split()[:3] == ["file", "problems", "greedy"]
         answers.append(json.loads(out.read_text())["greedy_answers"])
     assert answers[0] == answers[1]
