@@ -128,7 +128,7 @@ def test_dry_run_prints_the_arithmetic_and_writes_nothing(folder, monkeypatch, c
     before = sorted(folder.rglob("*"))
     assert cli.main(["train", "config.yaml", "--dry-run", "parallel.tensor=2", "--ranks", "4"]) == 0
     out = capsys.readouterr().out
-    assert "layout: 4 ranks = 2 tensor x 1 pipeline x 2 data" in out
+    assert "layout: 4 ranks = 2 tensor x 1 context x 1 pipeline x 2 data" in out
     assert "step: 2 prompts, 4 completions, up to 2 demonstrations, 1 update(s)" in out
     assert "6 prompts from 6 rows" in out
     assert "nothing was trained; to train: torchrun --nproc-per-node 4 -m megatron_srft.train config.yaml" in out
