@@ -126,11 +126,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient, group = gradient.contiguous(), ctx.group
-        if dist.get_backend(group) == "gloo":  # which has no reduce-scatter
-            return all_reduce(gradient.clone(), group).chunk(size(group))[rank(group)], None
-        own = torch.empty_like(gradient.chunk(size(group))[0])
-        dist.reduce_scatter_tensor(own, gradient, group=group)
+        parts = list(gradient.contiguous().chunk(size(ctx.group)))
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=ctx.group)
         return own, None
 
 

@@ -210,13 +210,13 @@ def memory(config: RunConfig, model: Architecture, stage: int, world_size: int, 
     together = 2 if config.uses_preferences else 1
     longest = together * (config.data.max_prompt_tokens + longest_response(config))
     tokens = max(config.batch.tokens_per_microbatch, longest)
-    local = -(-tokens // config.parallel.context)
+    own_tokens = -(-tokens // config.parallel.context)
     return Memory(
         parameters=numbers * BYTES[dtype],
         gradients=numbers * GRADIENT_BYTES,
         optimizer=numbers * MASTER_AND_MOMENT_BYTES[dtype] // shards,
         activations=round(activation_elements(config, model, stage, tokens) * BYTES[dtype]),
-        head=head_bytes(config, model, local, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
+        head=head_bytes(config, model, own_tokens, padded_vocab) if stage == config.parallel.pipeline - 1 else 0,
         engine=engine_bytes(config, model) if generates(config) else 0,
         cache=cache_bytes(config, model, world_size) if generates(config) else 0,
         critic=round(critic_parameters_on(config, model, stage, padded_vocab) * trained) if config.uses_critic else 0,

@@ -63,6 +63,9 @@ class ContextCut:
     fresh: torch.Tensor
     """[fresh tokens] int64; local tokens of sequences that begin in the same chunk: they need no other keys."""
 
+    segments: Segments
+    """Of the fresh tokens, end to end."""
+
     continued: tuple[Continued, ...]
     """The rest, at most one piece in each of the rank's two chunks."""
 
@@ -75,22 +78,23 @@ class PackedParams(PackedSeqParams):
     """megatron's description of packed sequences, with the cut that this module's attention uses."""
 
     segments: Segments | None = None
-    """Of all tokens; with several context ranks of the `fresh` ones."""
+    """Of all tokens, where this rank has them all."""
 
     cut: ContextCut | None = None
-    """None: this rank has all tokens."""
+    """Where context ranks share them."""
 
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     """What `rotate` takes; the model sets it once for all its layers, which turn queries and keys themselves."""
 
 
-def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
+def packed_params(cu_seqlens: torch.Tensor, thd: bool = False, cut: ContextCut | None = None) -> PackedParams:
     """Describe packed sequences to the model; made once per micro-batch, for all layers.
 
     Args:
         cu_seqlens: [sequences + 1] int32, from 0 to the number of tokens, padding included as a sequence.
         thd: for TransformerEngine's layers. Otherwise the format is called 'sbhd': megatron's attention layer then
             takes the tokens as one plain row, and leaves the rotary positions to PackedAttention.
+        cut: how context ranks share the tokens; not with thd.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     return PackedParams(
@@ -99,7 +103,8 @@ def packed_params(cu_seqlens: torch.Tensor, thd: bool = False) -> PackedParams:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        segments=None if thd else plan_segments(lengths, cu_seqlens.device),
+        segments=None if thd or cut is not None else plan_segments(lengths, cu_seqlens.device),
+        cut=cut,
     )
 
 
@@ -225,14 +230,14 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def context_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, cut: ContextCut, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cut: ContextCut, scale: float
 ) -> torch.Tensor:
     """`packed_attention` of a row that context ranks share: local tokens in, local tokens out. Collective."""
     keys, values = gather_rows(torch.cat((key, value), dim=1), cut.group).index_select(0, cut.place).chunk(2, dim=1)
     answers = [_continued_attention(query[c.queries], keys[c.keys], values[c.keys], scale) for c in cut.continued]
     if len(cut.fresh):
         fresh = (t.index_select(0, cut.fresh) for t in (query, key, value))
-        answers.insert(0, packed_attention(*fresh, segments, scale))
+        answers.insert(0, packed_attention(*fresh, cut.segments, scale))
     # Of no token, but it makes every rank's result depend on the gathered keys: in the backward pass all ranks of the
     # group have to meet, those that needed none of the keys too.
     answers.append(values[:0].repeat_interleave(query.shape[1] // key.shape[1], dim=1))
@@ -269,5 +274,5 @@ class PackedAttention(MegatronModule):
         if cut is None:
             out = packed_attention(query, key, value, segments, self.scale)
         else:
-            out = context_attention(query, key, value, segments, cut, self.scale)
+            out = context_attention(query, key, value, cut, self.scale)
         return out.flatten(1).unsqueeze(1)

@@ -90,7 +90,7 @@ def local_part(batch: PackedBatch, group: Group, thd: bool) -> Part:
         position_ids=batch.position_ids[local],
         rows=places[own],
         labels=batch.labels[own],
-        params=_params(batch.cu_seqlens, group),
+        params=packed_params(batch.cu_seqlens, thd, _cut(batch.cu_seqlens, group)),
         group=group,
         own=own,
         place=place,
@@ -118,10 +118,10 @@ def _tokens_of(tokens: int, ranks: int, number: int) -> torch.Tensor:
     return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks(tokens, ranks, number)])
 
 
-def _params(cu_seqlens: torch.Tensor, group: Group) -> PackedParams:
+def _cut(cu_seqlens: torch.Tensor, group: Group) -> ContextCut:
     device, bounds = cu_seqlens.device, cu_seqlens.tolist()
     tokens, ranks = bounds[-1], size(group)
-    fresh, lengths, continued, before = [], [], [], 0
+    fresh, lengths, continued, before = [torch.zeros(0, dtype=torch.int64)], [], [], 0
     for chunk in chunks(tokens, ranks, rank(group)):
         for begin, piece in _pieces(bounds, chunk):
             here = before + piece.start - chunk.start
@@ -133,21 +133,13 @@ def _params(cu_seqlens: torch.Tensor, group: Group) -> PackedParams:
         before += len(chunk)
     order = torch.cat([_tokens_of(tokens, ranks, number) for number in range(ranks)])
     answered = torch.cat([*fresh, *(torch.arange(c.queries.start, c.queries.stop) for c in continued)])
-    longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
-    return PackedParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    return ContextCut(
+        group=group,
+        place=order.argsort().to(device),
+        fresh=torch.cat(fresh).to(device),
         segments=plan_segments(lengths, device),
-        cut=ContextCut(
-            group=group,
-            place=order.argsort().to(device),
-            fresh=torch.cat(fresh or [torch.zeros(0, dtype=torch.int64)]).to(device),
-            continued=tuple(continued),
-            answered=answered.argsort().to(device),
-        ),
+        continued=tuple(continued),
+        answered=answered.argsort().to(device),
     )
 
 

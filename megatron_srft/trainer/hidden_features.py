@@ -13,7 +13,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_srft.config import require
 from megatron_srft.distributed import ProcessGroups, rank, size
 from megatron_srft.hidden_reward import HeadConfig
 from megatron_srft.hidden_reward.pooling import inverse_rms
@@ -40,8 +39,7 @@ class Piece:
 
 
 class Recomputed:
-    """A `hidden_reward.States` whose `read` is a forward pass over the responses. Raises ConfigError under context
-    parallelism.
+    """A `hidden_reward.States` whose `read` is a forward pass over the responses. Not with several context ranks.
 
     Args:
         sequences: prompt and response of each.
@@ -51,10 +49,7 @@ class Recomputed:
     def __init__(self, trainer: Trainer, sequences: Sequence[TrainingSequence], config: HeadConfig):
         self.trainer, self.sequences, self.config = trainer, sequences, config
         self.groups, self.device = trainer.groups, device()
-        require(
-            size(self.groups.context) == 1,
-            "hidden states of a response that context ranks share are not read; set parallel.context to 1",
-        )
+        assert size(self.groups.context) == 1, "a response's hidden states must not be shared by context ranks"
         model = trainer.models[0].config
         here = {layer for chunk in trainer.models for layer in taps(chunk)}
         self.own_layers = tuple(place for place, layer in enumerate(config.layers) if layer in here)

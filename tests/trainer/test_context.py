@@ -11,7 +11,7 @@ from spawning import spawn
 from training_sequences import make_sequences
 
 from megatron_srft.data.packing import pack, padded_length
-from megatron_srft.trainer.attention import context_attention
+from megatron_srft.trainer import attention
 from megatron_srft.trainer.context import chunks, grain, local_part, local_tokens
 
 LENGTHS = {
@@ -101,9 +101,9 @@ def test_what_ranks_make_of_their_own_tokens_is_put_together(ranks):
     assert sorted(seen) == list(range(len(rows)))
 
 
-def attention_of_rank(names: list[str], key_heads: int) -> dict:
+def attention_of_rank(names: list[str], key_heads: int, block: int) -> dict:
     """Output and gradients of this rank's tokens; every rank adds the loss of its own tokens."""
-    group, found = join(), {}
+    group, found, attention.QUERY_BLOCK = join(), {}, block
     for name in names:
         lengths = LENGTHS[name]
         tokens = sum(lengths)
@@ -114,16 +114,17 @@ def attention_of_rank(names: list[str], key_heads: int) -> dict:
         batch = replace(BATCH, cu_seqlens=bounds(lengths), token_ids=nothing, position_ids=nothing)
         params = local_part(batch, group, thd=False).params
         inputs = [t.detach()[local].requires_grad_() for t in whole]
-        out = context_attention(*inputs, params.segments, params.cut, 0.3)
+        out = attention.context_attention(*inputs, params.cut, 0.3)
         gradients = torch.autograd.grad(out, inputs, upstream[local])
         found[name] = local.numpy(), out.detach().numpy(), [gradient.numpy() for gradient in gradients]
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("key_heads", [1, 4])
-def test_matches_dense_attention_and_its_gradients(ranks, key_heads):
-    results = spawn(ranks, attention_of_rank, list(LENGTHS), key_heads)
+@pytest.mark.parametrize(("key_heads", "block"), [(1, 1024), (4, 3)])
+def test_matches_dense_attention_and_its_gradients(ranks, key_heads, block):
+    """Also with queries in blocks of 3, of which a piece of a sequence has several and a shorter last one."""
+    results = spawn(ranks, attention_of_rank, list(LENGTHS), key_heads, block)
     for name, lengths in LENGTHS.items():
         inputs = random_inputs(sum(lengths), key_heads=key_heads)
         theirs = dense_attention(*inputs, lengths, 0.3)

@@ -57,6 +57,7 @@ CASES = {
         ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}, 30, WHOLE),  # x DP2
         ("qwen2", {"context": 2, "tensor": 2, "sequence_parallel": True}, 30, SHUFFLED),
         ("llama", {"context": 2, "pipeline": 2}, 20, WHOLE),
+        ("qwen3", {"context": 2}, 30, WHOLE),  # x DP2
     ],
 }
 """By number of ranks: family, layout, tokens per micro-batch, order of the sequences."""

@@ -44,7 +44,7 @@ def command(config: RunConfig, host: str, port: int) -> list[str]:
         "worker_extension_cls": routes.EXTENSION,
         "weight_transfer_config": {"backend": rollout.transfer_engine},
     }
-    if guard.VARIABLE in environment(config):
+    if environment(config).get(guard.VARIABLE):
         arguments["middleware"] = guard.MIDDLEWARE
     flags = [part for name, value in arguments.items() for part in flag(name, value)]
     return [
