@@ -11,22 +11,20 @@ there to be compared.
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from memory import peak_bytes
+from made import random_rollout
+from memory import held_bytes, peak_bytes
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_srft.config import from_dict
 from megatron_srft.distributed import all_gather_objects, barrier
-from megatron_srft.sample import TrainingSequence
 
 
 def make_folder(folder: str, args: argparse.Namespace) -> None:
@@ -37,20 +35,6 @@ def make_folder(folder: str, args: argparse.Namespace) -> None:
         max_position_embeddings=args.length, tie_word_embeddings=True,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(getattr(torch, args.dtype)).save_pretrained(folder)
-
-
-def make_sequence(args: argparse.Namespace) -> TrainingSequence:
-    """An eighth of it is prompt."""
-    random, prompt = np.random.default_rng(0), args.length // 8
-    return TrainingSequence(
-        token_ids=random.integers(0, args.vocabulary, args.length).astype(np.int32),
-        prompt_length=prompt,
-        is_demonstration=False,
-        advantages=np.ones(args.length - prompt, np.float32),
-        correct=True,
-        group=0,
-        rollout_logprobs=np.zeros(args.length - prompt, np.float32),
-    )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -71,7 +55,8 @@ def measure(args: argparse.Namespace) -> None:
         }
     ).resolved()
     groups = parallel.start(config.parallel, seed=0)
-    trainer, sequence = Trainer(config, groups), make_sequence(args)
+    sequence = random_rollout(np.random.default_rng(0), args.length, args.length // 8, args.vocabulary)
+    trainer = Trainer(config, groups)
     trainer.step([sequence], 0)
     before, walls = held(), []
     for _ in range(args.repeats):
@@ -92,8 +77,7 @@ def held() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return held_bytes()
 
 
 def peak() -> int:

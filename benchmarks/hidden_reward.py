@@ -28,6 +28,7 @@ import measure
 import numpy as np
 import torch
 import torch.distributed as dist
+from made import random_rollout
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_srft.config import from_dict
@@ -49,18 +50,9 @@ def make_folder(folder: Path, args: argparse.Namespace) -> Path:
 
 def make_sequences(args: argparse.Namespace) -> list[TrainingSequence]:
     """Sequences of `length` tokens, of which the first quarter is prompt."""
-    random, prompt = np.random.default_rng(0), args.length // 4
-    return [
-        TrainingSequence(
-            token_ids=random.integers(0, args.vocabulary, args.length).astype(np.int32),
-            prompt_length=prompt,
-            is_demonstration=False,
-            advantages=np.zeros(args.length - prompt, np.float32),
-            correct=False,
-            group=0,
-        )
-        for _ in range(args.tokens // args.length)
-    ]
+    random = np.random.default_rng(0)
+    count = args.tokens // args.length
+    return [random_rollout(random, args.length, args.length // 4, args.vocabulary) for _ in range(count)]
 
 
 class Bench:

@@ -11,17 +11,15 @@ CPU seconds are for comparing on a busy machine. Random weights, one process.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from memory import peak_bytes
+from memory import held_bytes, peak_bytes
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
 from megatron_srft.config import DataConfig, LocalRolloutConfig, ModelConfig, RunConfig, VllmRolloutConfig
@@ -75,7 +73,6 @@ def start(args: argparse.Namespace) -> tuple[RunConfig, object, dict[str, torch.
 def fastest(repeats: int, work: Callable[[], None]) -> dict[str, float]:
     """Wall and CPU seconds, each of the repeat with the fewest, and the most memory above the start in MiB."""
     work()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
     before, walls, cpus = held_bytes(), [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -83,10 +80,6 @@ def fastest(repeats: int, work: Callable[[], None]) -> dict[str, float]:
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     return dict(wall=min(walls), cpu=min(cpus), extra=(peak_bytes() - before) / 2**20)
-
-
-def held_bytes() -> int:
-    return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

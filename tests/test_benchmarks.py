@@ -115,6 +115,16 @@ def test_the_sides_of_the_hidden_reward_score_alike():
     assert own_work.startswith("head's own work 0.0")
 
 
+@pytest.mark.slow
+def test_one_and_two_context_ranks_make_the_same_update():
+    size = ("--length", 128, "--layers", 2, "--vocabulary", 200, "--repeats", 1)
+    result = run(sys.executable, "benchmarks/context_parallel.py", *size)
+    assert result.returncode == 0, result.stderr
+    (one, *_, one_norm), (two, *_, two_norm) = (line.split() for line in result.stdout.splitlines()[1:])
+    assert (one, two) == ("1", "2")
+    assert float(two_norm) == pytest.approx(float(one_norm), rel=1e-4) and float(one_norm) > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_suite_without_a_gpu_says_so(tmp_path):
     result = run("tools/gpu_suite.sh", tmp_path / "out", PYTHON=sys.executable)
